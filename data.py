@@ -1,0 +1,461 @@
+"""Data for RARL (arXiv 2601.20585): labelled images in, prompts for a Qwen2.5-VL policy out.
+
+What is here, in the order in which a training step uses it:
+
+    Item      one image with one number (an age, a count, a score) and the Task that asks for it
+    Sample    n items of one task, shown in one prompt as image 1..n
+    Sampler   which samples make up step s: a pure function of (seed, s), so its whole state is the step's number
+    Prompt    what the policy reads: token ids, image patches and the grid of each image
+
+and the data sets: `dots` and `dials` (drawn from a seed, nothing to download), `coco` (counting, photographs).
+
+The paper trains on UTKFace (age), COCO-REM (counts) and AVA (aesthetics) with 1, 2, 4 and 8 images in a prompt. Its
+wording of the prompt and its tolerances delta are not public: both are our choice, and both are settings of a Task.
+
+Shapes: P prompt tokens, n images, S patches of all images of a prompt (4 patches of 14 x 14 pixels make one token).
+"""
+
+import json
+import math
+import random
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message names the file or the setting and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tasks, items, samples
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked about an image.
+
+    name      short and unique; items of different tasks never share a prompt
+    question  asked once per prompt, whatever the number of images
+    order     how to say "lowest value first" for this value, e.g. "from the youngest to the oldest"
+    delta     tolerance of R_reg in units of the label: an error of delta or more earns nothing (ours: not published)
+    decimals  of a value in the reference answer
+    """
+
+    name: str
+    question: str
+    order: str
+    delta: float
+    decimals: int = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image. `name` is unique in its data set; `image()` opens (or draws) it as RGB."""
+
+    name: str
+    label: float
+    task: Task
+    image: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """n items of one task, shown to the policy as image 1..n."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def task(self) -> Task:
+        return self.items[0].task
+
+    @property
+    def labels(self) -> list[float]:
+        return [item.label for item in self.items]
+
+
+def format_value(value: float, decimals: int) -> str:
+    """A label as the policy should write it: a JSON number with the task's decimals ('17', '5.40')."""
+    return f"{value:.{decimals}f}"
+
+
+def reference_answer(sample: Sample) -> str:
+    """The ground truth in the policy's own format: one JSON list in ranked order, lowest first; ties by image id.
+
+    It earns full marks by construction, serves RMO as the good answer, and is what the preflight checks.
+    """
+    entries = sorted((item.label, i) for i, item in enumerate(sample.items, start=1))
+    decimals = sample.task.decimals
+    return "[" + ", ".join(f'{{"image_id": {i}, "value": {format_value(v, decimals)}}}' for v, i in entries) + "]"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def draw_sample(pools: dict[Task, list[Item]], num_images: int, rng: random.Random) -> Sample:
+    """n items of one task, with n different labels where the task has so many.
+
+    Two equal labels make no comparable pair, so they would teach nothing about order. A task is drawn in
+    proportion to its items, among those that have n at all.
+    """
+    tasks = [task for task, items in pools.items() if len(items) >= num_images]
+    task = rng.choices(tasks, weights=[len(pools[task]) for task in tasks])[0]
+    items = pools[task]
+    chosen: dict[str, Item] = {}
+    seen: set[float] = set()
+    for different in (True, False):  # second pass: the labels ran out, so take any other item
+        for item in rng.sample(items, min(len(items), 32 * num_images)):
+            if len(chosen) == num_images:
+                break
+            if item.name not in chosen and not (different and item.label in seen):
+                chosen[item.name] = item
+                seen.add(item.label)
+    picked = list(chosen.values())
+    rng.shuffle(picked)  # else duplicates, taken last, would always stand last in the prompt
+    return Sample(tuple(picked))
+
+
+def make_pools(items: list[Item], num_images: int, what: str = "--images") -> dict[Task, list[Item]]:
+    """Items by task. Raises DataError when no task has `num_images` of them (`what` names the setting to change)."""
+    pools: dict[Task, list[Item]] = defaultdict(list)
+    for item in items:
+        pools[item.task].append(item)
+    most = max((len(pool) for pool in pools.values()), default=0)
+    if most < num_images:
+        raise DataError(
+            f"a prompt with {num_images} images needs {num_images} images of one task, but no task of this split has "
+            f"more than {most}: lower {what} or add data"
+        )
+    return dict(pools)
+
+
+def make_samples(items: list[Item], num_images: int, count: int, seed: int = 0) -> list[Sample]:
+    """A fixed list of `count` samples to evaluate on: the same for the same (items, num_images, count, seed).
+
+    With one image every item is used once, in a shuffled order (so at most len(items) samples).
+    """
+    rng = random.Random(f"evaluation {seed} {num_images}")
+    pools = make_pools(items, num_images)
+    if num_images == 1:
+        return [Sample((item,)) for item in rng.sample(items, min(count, len(items)))]
+    return [draw_sample(pools, num_images, rng) for _ in range(count)]
+
+
+class Sampler:
+    """Which samples a training step uses.
+
+    `batch(step)` is a pure function of (items, images, batch_size, seed, step): nothing has to be saved to resume but
+    the step's number, any rank can compute any batch, and the preflight can walk through a whole stage beforehand.
+
+    images    numbers of images in a prompt; each step draws one of them for all its prompts, so that the prompts of a
+              step have similar lengths (little padding) while all numbers take turns
+    """
+
+    def __init__(self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int):
+        if not items:
+            raise DataError("the training split is empty: check --data-root")
+        self.items, self.images, self.batch_size, self.seed = items, images, batch_size, seed
+        self.pools = make_pools(items, max(images))
+
+    def batch(self, step: int) -> list[Sample]:
+        """The `batch_size` samples of step `step` (0, 1, ...)."""
+        # Cycles of len(images) steps, each number once a cycle in a shuffled order: no run of one number by bad luck.
+        cycle, place = divmod(step, len(self.images))
+        order = list(self.images)
+        random.Random(f"images {self.seed} {cycle}").shuffle(order)
+        num_images = order[place]
+        if num_images == 1:  # epochs: every item once before any item twice
+            first = step * self.batch_size
+            return [Sample((self._epoch_item(first + i),)) for i in range(self.batch_size)]
+        rng = random.Random(f"samples {self.seed} {step}")
+        return [draw_sample(self.pools, num_images, rng) for _ in range(self.batch_size)]
+
+    def _epoch_item(self, position: int) -> Item:
+        epoch, index = divmod(position, len(self.items))
+        if getattr(self, "_epoch", None) != epoch:  # shuffling is cheap, but not once per item
+            self._epoch, self._order = epoch, list(range(len(self.items)))
+            random.Random(f"epoch {self.seed} {epoch}").shuffle(self._order)
+        return self.items[self._order[index]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images to patches: what Qwen2-VL's image processor does, in 40 lines and with the same numbers bit for bit
+
+
+def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size an image is resized to: multiples of `factor`, area within the limits, aspect ratio nearly kept.
+
+    Qwen2-VL (arXiv 2409.12191, section 2.1, "naive dynamic resolution"); factor = patch size * merge size = 28.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise DataError(f"an image of {width} x {height} pixels is more than 200 times as long as it is wide: crop it")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / scale / factor) * factor)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return h, w
+
+
+def image_patches(image: Image.Image, processor) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """An RGB image as the rows that the vision tower reads, equal to Qwen2VLImageProcessor's output.
+
+    processor  has patch_size, merge_size, temporal_patch_size, size {shortest_edge, longest_edge} (areas in pixels,
+               whatever the names say), resample, rescale_factor, image_mean, image_std
+    returns    patches (S, 3 * temporal * patch * patch) float32, and the grid (1, rows, columns) of patches
+    """
+    p, m, t = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    size = processor.size
+    height, width = smart_size(image.height, image.width, p * m, size["shortest_edge"], size["longest_edge"])
+    pixels = np.asarray(image.resize((width, height), resample=processor.resample))  # (height, width, 3) uint8
+    # A pixel has 256 values, so rescaling and normalising is a table look-up. The table rounds where the processor
+    # rounds: float64 product, float32 afterwards.
+    levels = (np.arange(256, dtype=np.float64) * processor.rescale_factor).astype(np.float32)
+    mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
+    table = (levels[:, None] - mean) / std  # (256, 3)
+    pixels = np.stack([table[pixels[:, :, c], c] for c in range(3)])  # (3, height, width)
+    rows, columns = height // p, width // p
+    # Patches are listed merge window by merge window (m x m patches become one token), each patch channel first.
+    pixels = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
+    # A still image is a film of t equal frames.
+    pixels = np.broadcast_to(pixels[:, :, :, :, :, None], (*pixels.shape[:5], t, p, p))
+    return pixels.reshape(rows * columns, 3 * t * p * p), (1, rows, columns)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass
+class Prompt:
+    """One question about n images, ready for the policy.
+
+    ids     (P,) int64    token ids; every image is a run of <|image_pad|> tokens, one for each 2 x 2 patches
+    pixels  (S, 1176)     float32 patches of all images, one image after the other
+    grid    (n, 3) int64  (1, rows, columns) of patches of each image
+    """
+
+    ids: torch.Tensor
+    pixels: torch.Tensor
+    grid: torch.Tensor
+
+
+def question_text(task: Task, num_images: int) -> str:
+    """The instruction after the images (the wording is our choice; the paper's is not public)."""
+    if num_images == 1:
+        return f'{task.question} Reply with JSON only: [{{"image_id": 1, "value": <number>}}]'
+    return (
+        f"{task.question} Give the value of each image and list the images {task.order}. "
+        'Reply with JSON only: [{"image_id": <id>, "value": <number>}, ...]'
+    )
+
+
+def chat_text(tokenizer, sample: Sample) -> str:
+    """The prompt as text, through the tokenizer's own chat template, one <|image_pad|> for each image."""
+    content: list[dict] = []
+    for i in range(1, len(sample.items) + 1):
+        content += [{"type": "text", "text": f"Image {i}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+    content.append({"type": "text", "text": question_text(sample.task, len(sample.items))})
+    message = {"role": "user", "content": content}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def make_prompts(policy, samples: list[Sample]) -> list[Prompt]:
+    """Samples -> prompts, one each.
+
+    policy  anything with `.tokenizer` and `.image_processor` (a policy from rarl.py, or just the two)
+    """
+    tokenizer, processor = policy.tokenizer, policy.image_processor
+    prompts = []
+    for sample in samples:
+        patches, grids = zip(*(image_patches(item.image(), processor) for item in sample.items), strict=True)
+        # Each image's one placeholder becomes as many as the image has tokens.
+        text, *rest = chat_text(tokenizer, sample).split("<|image_pad|>")
+        for (_, rows, columns), piece in zip(grids, rest, strict=True):
+            text += "<|image_pad|>" * (rows * columns // processor.merge_size**2) + piece
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompts.append(Prompt(torch.tensor(ids), torch.from_numpy(np.concatenate(patches)), torch.tensor(grids)))
+    return prompts
+
+
+def answer_budget(policy, samples: list[Sample], slack: int = 16) -> int:
+    """Tokens an answer may take: the longest reference answer and its EOS, and some slack for clumsier ones."""
+    references = [reference_answer(sample) for sample in samples]
+    return max(len(ids) for ids in policy.tokenizer(references)["input_ids"]) + 1 + slack
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawn data: nothing to download, and labels without noise
+
+CANVAS = 84  # pixels: 6 x 6 patches, 9 tokens
+DRAWN_SIZE = {"train": 2048, "val": 256, "test": 512}
+
+DOTS = Task("dots", "How many dots are in the image?", "from the fewest dots to the most", delta=4)
+DIALS = Task(
+    "dials", "Which number does the needle point at, from 0 to 20?", "from the lowest reading to the highest", delta=4
+)
+
+
+def _random_color(rng: random.Random, low: int, high: int) -> tuple[int, int, int]:
+    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
+
+
+def draw_dots(rng: random.Random) -> tuple[Image.Image, int]:
+    """1-20 dots that do not touch, of varying size and colour, light on dark or dark on light. -> image, count"""
+    count, zoom = rng.randint(1, 20), 3  # drawn three times as large and reduced, for smooth edges
+    dark = rng.random() < 0.5
+    image = Image.new("RGB", (CANVAS * zoom,) * 2, _random_color(rng, 0, 70) if dark else _random_color(rng, 185, 255))
+    pen = ImageDraw.Draw(image)
+    dots: list[tuple[float, float, float]] = []
+    while len(dots) < count:
+        r = rng.uniform(2.5, 5.0)
+        x, y = rng.uniform(r + 1, CANVAS - r - 1), rng.uniform(r + 1, CANVAS - r - 1)
+        if all(math.hypot(x - x2, y - y2) > r + r2 + 1.5 for x2, y2, r2 in dots):
+            dots.append((x, y, r))
+            box = [zoom * (x - r), zoom * (y - r), zoom * (x + r), zoom * (y + r)]
+            pen.ellipse(box, fill=_random_color(rng, 140, 255) if dark else _random_color(rng, 0, 115))
+    return image.reduce(zoom), count
+
+
+def draw_dials(rng: random.Random) -> tuple[Image.Image, int]:
+    """A round gauge from 0 (lower left) clockwise to 20 (lower right), with 21 ticks and a needle. -> image, reading"""
+    value, zoom = rng.randint(0, 20), 3
+    dark = rng.random() < 0.5
+    back, face = (0, 90), (165, 255)
+    if dark:
+        back, face = face, back
+    image = Image.new("RGB", (CANVAS * zoom,) * 2, _random_color(rng, *back))
+    pen = ImageDraw.Draw(image)
+    radius = rng.uniform(28, 38)
+    x, y = (rng.uniform(radius + 2, CANVAS - radius - 2) for _ in range(2))
+    ink = _random_color(rng, 190, 255) if dark else _random_color(rng, 0, 60)
+
+    def point(reading: float, r: float) -> tuple[float, float]:
+        angle = math.radians(225 - 270 * reading / 20)  # 225 degrees is lower left, -45 is lower right
+        return zoom * (x + r * math.cos(angle)), zoom * (y - r * math.sin(angle))
+
+    pen.ellipse([zoom * (x - radius), zoom * (y - radius), zoom * (x + radius), zoom * (y + radius)],
+                fill=_random_color(rng, *face))  # fmt: skip
+    for tick in range(21):
+        pen.line(
+            [point(tick, radius * (0.78 if tick % 5 == 0 else 0.87)), point(tick, radius * 0.95)], fill=ink, width=zoom
+        )
+    needle = _random_color(rng, 150, 255) if dark else _random_color(rng, 0, 120)
+    length, thickness = rng.uniform(0.6, 0.85), rng.uniform(2, 3.5)
+    pen.line([(zoom * x, zoom * y), point(value, radius * length)], fill=needle, width=round(thickness * zoom))
+    hub = rng.uniform(2.5, 4)
+    pen.ellipse([zoom * (x - hub), zoom * (y - hub), zoom * (x + hub), zoom * (y + hub)], fill=needle)
+    return image.reduce(zoom), value
+
+
+def _drawn_image(draw: Callable, name: str) -> Image.Image:
+    return draw(random.Random(name))[0]
+
+
+def drawn_item(dataset: str, name: str) -> Item:
+    """The drawing whose seed is its name."""
+    task, draw, low = {"dots": (DOTS, draw_dots, 1), "dials": (DIALS, draw_dials, 0)}[dataset]
+    # The label needs only the first number of the stream: nothing is drawn before it is shown.
+    return Item(name, random.Random(name).randint(low, 20), task, partial(_drawn_image, draw, name))
+
+
+def load_drawn(dataset: str, split: str) -> list[Item]:
+    """`dots` or `dials`. The names, and so the seeds, hold the split: no split shares an image with another."""
+    return [drawn_item(dataset, f"{dataset}/{split}/{i}") for i in range(DRAWN_SIZE[split])]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def open_image(path: Path) -> Image.Image:
+    """A file as an upright RGB image. Raises DataError with the file's name when it is missing or unreadable."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"image file {path} does not exist: check --data-root") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"image file {path} cannot be read ({error}): replace it or take it out") from None
+
+
+def hash_split(name: str) -> str:
+    """train (70 %), val (10 %) or test (20 %) from a file's name alone, so new files never move old ones."""
+    place = zlib.crc32(name.encode()) % 10
+    return "train" if place < 7 else "val" if place == 7 else "test"
+
+
+def load_coco(root: Path, split: str) -> list[Item]:
+    """Counting in COCO's layout: annotations/instances_*.json and the image folders beside it.
+
+    One task per category, "How many {category} ...": the number of its instances in an image that has at least one.
+    A crowd annotation (iscrowd) stands for an unknown number, so images with one are left out for that category.
+    Images are split by the hash of their file name.
+    """
+    files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
+    if not files:
+        raise DataError(f"no annotations/instances_*.json under {root}: point --data-root at the COCO folder")
+    items = []
+    for file in files:
+        try:
+            content = json.loads(file.read_text())
+            names = {c["id"]: c["name"] for c in content["categories"]}
+            images = {i["id"]: i["file_name"] for i in content["images"]}
+            counts: dict[tuple[int, int], int] = defaultdict(int)
+            crowds = set()
+            for a in content["annotations"]:
+                key = (a["image_id"], a["category_id"])
+                if a.get("iscrowd"):
+                    crowds.add(key)
+                else:
+                    counts[key] += 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is not a COCO instances file ({type(error).__name__}: {error})") from None
+        year = file.stem.removeprefix("instances_")  # val2017
+        folder = next(f for f in (root / year, root / "images" / year, root / "images", root) if f.is_dir())
+        for (image_id, category), count in sorted(counts.items()):
+            if (image_id, category) in crowds or image_id not in images or hash_split(images[image_id]) != split:
+                continue
+            path, name = folder / images[image_id], names[category]
+            task = Task(f"count {name}", f"How many {name} instances are in the image?",
+                        f"from the fewest {name} instances to the most", delta=4)  # fmt: skip
+            items.append(Item(f"{year}/{images[image_id]}/{name}", count, task, partial(open_image, path)))
+    return items
+
+
+def load_dataset(name: str, root: str | Path | None = None, split: str = "train") -> list[Item]:
+    """The items of one split.
+
+    name   dots | dials | coco
+    root   the data set's folder (not for the drawn ones)
+    split  train | val | test
+    Raises DataError when the name is unknown, the folder is not that data set, or the split is empty.
+    """
+    if split not in DRAWN_SIZE:
+        raise DataError(f"unknown split {split!r}: choose train, val or test")
+    if name in ("dots", "dials"):
+        return load_drawn(name, split)
+    if name != "coco":
+        raise DataError(f"unknown data set {name!r}: choose dots, dials or coco")
+    if root is None:
+        raise DataError(f"--data {name} needs --data-root, the folder it lies in")
+    if not Path(root).is_dir():
+        raise DataError(f"--data-root {root} is not a folder")
+    items = load_coco(Path(root), split)
+    if not items:
+        raise DataError(f"the {split} split of {name} under {root} is empty: add images")
+    for item in items:
+        if not math.isfinite(item.label):
+            raise DataError(f"the label of {item.name} is {item.label}, not a finite number")
+    return items

@@ -1,0 +1,262 @@
+"""The policy: sampling and scoring, once per group, against transformers' own forward over G copies of the prompt."""
+
+import copy
+
+import pytest
+import torch
+
+import data
+import rarl
+
+G, T = 4, 24
+
+
+def full_forward(policy, prompt, answer, temperature=1.0):
+    """Log-probs of one answer the usual way: one row [prompt | answer], transformers' own forward and positions."""
+    model = policy.model
+    ids = torch.cat([prompt.ids, answer])[None]
+    model.set_attn_implementation({"text_config": "sdpa"})
+    try:
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixels,
+            image_grid_thw=prompt.grid,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        ).logits[0, len(prompt.ids) - 1 : -1]
+    finally:
+        model.set_attn_implementation({"text_config": "rarl"})
+    logits = (logits / temperature).masked_fill(policy.banned, -torch.inf)
+    return logits.log_softmax(-1).gather(-1, answer[:, None]).squeeze(-1), logits
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    """Different lengths, 1, 4 and 2 images, and an image with several attention windows in one batch."""
+    dots, dials = data.load_dataset("dots", None, "test"), data.load_dataset("dials", None, "test")
+    samples = [
+        *data.make_samples(dots, 1, 1),
+        *data.make_samples(dials, 4, 1),
+        *data.make_samples(dots, 2, 1),
+    ]
+    wide = data.Item("wide", 3, data.DOTS, lambda: dots[0].image().resize((224, 140)))
+    return data.make_prompts(policy, [*samples, data.Sample((wide, dots[1]))])
+
+
+@pytest.fixture(scope="module")
+def rollout(policy, prompts):
+    return rarl.generate(policy, prompts, G, T, 1.0, torch.Generator().manual_seed(0))
+
+
+def answers_of(rollout):
+    return [row[keep] for row, keep in zip(rollout.ids, rollout.mask, strict=True)]
+
+
+def test_positions_equal_transformers(policy, prompts):
+    # The second image is where hand-written positions go wrong: it starts at max(rows, columns), not at the token count.
+    for prompt in prompts:
+        is_image = (prompt.ids == policy.model.config.image_token_id).int()[None]
+        expected, delta = policy.model.model.get_rope_index(prompt.ids[None], is_image, image_grid_thw=prompt.grid)
+        got = rarl.rope_positions(prompt.ids, prompt.grid, policy.model.config.image_token_id, 2)
+        assert torch.equal(got, expected[:, 0])
+        assert int(got.max()) + 1 == len(prompt.ids) + int(delta)
+
+
+def test_positions_by_hand():
+    # text text <4 x 6 patches = 2 x 3 tokens> text: the image spans positions 2..4 (3 columns), so the text after it is 5.
+    ids, grid = torch.tensor([1, 1, 9, 9, 9, 9, 9, 9, 1]), torch.tensor([[1, 4, 6]])
+    assert rarl.rope_positions(ids, grid, image_token=9, merge=2).tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],  # time: a still image does not move
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],  # row
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],  # column
+    ]
+
+
+def test_sampled_logprobs_equal_full_forward(policy, prompts, rollout):
+    for row, answer in enumerate(answers_of(rollout)):
+        expected, _ = full_forward(policy, prompts[row // G], answer)
+        got = rollout.logp[row][rollout.mask[row]]
+        torch.testing.assert_close(got, expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_greedy_decoding_equals_full_forward(policy, prompts):
+    rollout = rarl.generate(policy, prompts, 1, T, temperature=0)
+    for prompt, answer in zip(prompts, answers_of(rollout), strict=True):
+        _, logits = full_forward(policy, prompt, answer)
+        assert torch.equal(logits.argmax(-1), answer)
+
+
+def test_packed_logprobs_equal_sampled_and_repeated(policy, prompts, rollout):
+    logp, entropy = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=0)
+    assert logp.dtype == torch.float32 and (logp[~rollout.mask] == 0).all() and (entropy[~rollout.mask] == 0).all()
+    for row, answer in enumerate(answers_of(rollout)):
+        expected, logits = full_forward(policy, prompts[row // G], answer)
+        torch.testing.assert_close(logp[row][rollout.mask[row]], expected, atol=1e-5, rtol=0)
+        p = logits.softmax(-1)
+        H = -(p * p.clamp_min(1e-30).log()).sum(-1)  # the definition
+        torch.testing.assert_close(entropy[row][rollout.mask[row]], H.detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_temperature_is_shared_by_sampling_and_scoring(policy, prompts, temperature):
+    rollout = rarl.generate(policy, prompts, 2, 8, temperature, torch.Generator().manual_seed(1))
+    logp, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask, temperature)
+    torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=0)
+    expected, _ = full_forward(policy, prompts[1], answers_of(rollout)[2], temperature)
+    torch.testing.assert_close(logp[2][rollout.mask[2]], expected, atol=1e-5, rtol=0)
+
+
+def test_packed_gradients_equal_repeated(policy, prompts, rollout):
+    torch.manual_seed(0)
+    weight = torch.randn(rollout.logp.shape)  # any loss that is a weighted sum of log-probs, as GRPO's is on-policy
+    packed, repeated = copy.deepcopy(policy), copy.deepcopy(policy)
+    (weight * rarl.logprobs(packed, prompts, rollout.ids, rollout.mask)[0]).sum().backward()
+    for row, answer in enumerate(answers_of(rollout)):
+        logp, _ = full_forward(repeated, prompts[row // G], answer)
+        (weight[row][rollout.mask[row]] * logp).sum().backward()
+    for (name, a), b in zip(packed.named_parameters(), repeated.parameters(), strict=True):
+        # The bias of a key shifts all scores of a query alike: its gradient is 0 but for rounding.
+        scale = b.grad.norm() if "k_proj.bias" not in name else 1e3 * b.grad.norm() + 1
+        assert (a.grad - b.grad).norm() <= 1e-5 * scale, name
+
+
+def test_padding_of_other_prompts_and_answers_does_not_leak(policy, prompts, rollout):
+    together, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    for b, prompt in enumerate(prompts):
+        rows = slice(b * G, (b + 1) * G)
+        alone, _ = rarl.logprobs(policy, [prompt], rollout.ids[rows], rollout.mask[rows])
+        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=0)
+    # What stands behind an answer's end must not matter.
+    poisoned = torch.where(rollout.mask, rollout.ids, 5)
+    torch.testing.assert_close(
+        rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0
+    )
+
+
+def test_first_eos_counts_and_the_rest_is_masked(policy, prompts):
+    # Push the policy to EOS half of the time: the state before the head is made to point at EOS's row.
+    eager = copy.deepcopy(policy)
+    with torch.no_grad():
+        head = eager.model.lm_head.weight
+        head[eager.eos_id] = head.mean(0)
+    rollout = rarl.generate(eager, prompts, 16, 30, 1.0, torch.Generator().manual_seed(0))
+    ended = 0
+    for ids, mask in zip(rollout.ids, rollout.mask, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and not mask[length:].any()
+        inside = (ids[:length] == eager.eos_id).nonzero().flatten().tolist()
+        assert inside in ([], [length - 1])  # the first EOS is the answer's last token, and is in the mask
+        assert inside == [length - 1] or length == 30
+        ended += bool(inside)
+    assert 0 < ended
+    assert (rollout.logp[~rollout.mask] == 0).all()
+    # Rows were dropped on the way; the survivors still agree with the packed forward.
+    logp, _ = rarl.logprobs(eager, prompts, rollout.ids, rollout.mask)
+    torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=0)
+
+
+def test_answers_do_not_depend_on_their_neighbours(policy, prompts):
+    generators = lambda: [torch.Generator().manual_seed(10 + b) for b in range(len(prompts))]
+    together = rarl.generate(policy, prompts, 3, 12, 1.0, generators())
+    for b, prompt in enumerate(prompts):
+        alone = rarl.generate(policy, [prompt], 3, 12, 1.0, [generators()[b]])
+        width = alone.ids.shape[1]
+        assert torch.equal(alone.ids, together.ids[3 * b : 3 * b + 3, :width])
+
+
+def test_special_tokens_are_never_sampled(policy, prompts):
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>", "<|im_start|>"]
+    banned = [policy.tokenizer.convert_tokens_to_ids(name) for name in names]
+    assert policy.banned[banned].all() and not policy.banned[policy.eos_id]
+    keen = copy.deepcopy(policy)
+    with torch.no_grad():  # a policy that would like nothing better
+        keen.model.lm_head.weight[banned] *= 30
+    rollout = rarl.generate(keen, prompts, 8, 8, 5.0, torch.Generator().manual_seed(0))
+    assert not torch.isin(rollout.ids[rollout.mask], torch.tensor(banned)).any()
+    logp, _ = rarl.logprobs(keen, prompts, rollout.ids, rollout.mask, 5.0)
+    assert torch.isfinite(logp).all()
+    torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=0)
+
+
+def test_sampling_frequencies_are_the_policys(policy, prompts):
+    # 4000 first tokens against the distribution they were drawn from (the most likely one, within 4 standard errors).
+    rollout = rarl.generate(policy, prompts[:1], 4000, 1, 0.3, torch.Generator().manual_seed(0))
+    _, logits = full_forward(policy, prompts[0], rollout.ids[0, :1], 0.3)
+    p = logits.softmax(-1)[0]
+    share = torch.bincount(rollout.ids[:, 0], minlength=len(p)) / 4000
+    top = p.topk(5).indices
+    assert ((share[top] - p[top]).abs() < 4 * (p[top] * (1 - p[top]) / 4000).sqrt()).all()
+
+
+def test_head_in_chunks_changes_nothing(policy, prompts, rollout, monkeypatch):
+    whole, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    monkeypatch.setattr(rarl, "HEAD_ELEMENTS", 7 * policy.banned.numel())  # seven positions at a time
+    pieces, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)
+
+
+def test_one_token_answers(policy, prompts):
+    # T = 1: nothing of an answer goes in, its only token is predicted by the prompt's last.
+    rollout = rarl.generate(policy, prompts, 2, 1, 1.0, torch.Generator().manual_seed(3))
+    logp, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    torch.testing.assert_close(logp, rollout.logp, atol=1e-5, rtol=0)
+
+
+def test_decode_and_encode_are_inverse(policy):
+    texts = ['[{"image_id": 1, "value": 17}]', "", "caf\u00e9 \u4f60\u597d [1, 2"]
+    rows = rarl.encode(policy, texts)
+    assert all(row[-1] == policy.eos_id for row in rows)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+    assert rarl.decode(policy, ids, mask) == texts
+
+
+def test_special_tokens_show_in_decoded_text(policy):
+    # Hidden ones would let an answer of perfect format carry garbage.
+    row = rarl.encode(policy, ["[1]"])[0]
+    row = torch.cat([torch.tensor([policy.tokenizer.convert_tokens_to_ids("<|im_start|>")]), row])[None]
+    assert rarl.decode(policy, row, torch.ones_like(row)) == ["<|im_start|>[1]"]
+
+
+def test_saved_policy_loads_with_transformers_alone(policy, prompts, tmp_path):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    rarl.save_policy(policy, tmp_path)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+    prompt = prompts[1]
+    ids = prompt.ids[None]
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=prompt.pixels,
+        image_grid_thw=prompt.grid,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        do_sample=False,
+        max_new_tokens=T,
+        suppress_tokens=policy.banned.nonzero().flatten().tolist(),
+    )
+    ours = rarl.generate(rarl.load_policy(tmp_path), [prompt], 1, T, temperature=0)
+    assert out[0, len(prompt.ids) :].tolist() == answers_of(ours)[0].tolist()
+
+
+def test_bad_calls_and_folders(policy, prompts, rollout, tmp_path):
+    with pytest.raises(ValueError, match="group_size"):
+        rarl.generate(policy, prompts, 0, 5)
+    with pytest.raises(ValueError, match=r"\(B\*G, T\)"):
+        rarl.logprobs(policy, prompts, rollout.ids[:-1], rollout.mask[:-1])
+    with pytest.raises(rarl.ModelError, match="does not exist"):
+        rarl.load_policy(tmp_path / "nowhere")
+    with pytest.raises(rarl.ModelError, match="config.json"):
+        rarl.load_policy(tmp_path)
+    rarl.save_policy(policy, tmp_path / "m")
+    for file in (tmp_path / "m").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(rarl.ModelError, match="no tokenizer"):
+        rarl.load_policy(tmp_path / "m")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(rarl.ModelError, match="bert"):
+        rarl.load_policy(tmp_path / "b")
