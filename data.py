@@ -261,13 +261,16 @@ def question_text(task: Task, num_images: int) -> str:
     )
 
 
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # what Qwen's templates write for {"type": "image"}
+
+
 def chat_text(tokenizer, sample: Sample) -> str:
-    """The prompt as text, through the tokenizer's own chat template, one <|image_pad|> for each image."""
-    content: list[dict] = []
-    for i in range(1, len(sample.items) + 1):
-        content += [{"type": "text", "text": f"Image {i}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-    content.append({"type": "text", "text": question_text(sample.task, len(sample.items))})
-    message = {"role": "user", "content": content}
+    """The prompt as text, through the tokenizer's own chat template, one <|image_pad|> for each image.
+
+    The images' marks are written into the text here, so that a template for text alone (Qwen2.5's) serves as well.
+    """
+    images = "".join(f"Image {i}: {IMAGE}\n" for i in range(1, len(sample.items) + 1))
+    message = {"role": "user", "content": images + question_text(sample.task, len(sample.items))}
     return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
@@ -282,6 +285,11 @@ def make_prompts(policy, samples: list[Sample]) -> list[Prompt]:
         patches, grids = zip(*(image_patches(item.image(), processor) for item in sample.items), strict=True)
         # Each image's one placeholder becomes as many as the image has tokens.
         text, *rest = chat_text(tokenizer, sample).split("<|image_pad|>")
+        if len(rest) != len(sample.items):
+            raise DataError(
+                f"the prompt of task {sample.task.name!r} has {len(rest)} <|image_pad|> for {len(sample.items)} images: "
+                "the question must not contain image tokens, and the model's chat template must place one per image"
+            )
         for (_, rows, columns), piece in zip(grids, rest, strict=True):
             text += "<|image_pad|>" * (rows * columns // processor.merge_size**2) + piece
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

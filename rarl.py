@@ -71,7 +71,8 @@ def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", 
     """
     path = str(path_or_hub_id)
     local = os.path.isdir(path)
-    if not local and (os.path.exists(path) or path.count("/") != 1 or path[0] in "./~"):
+    # "a/b" may be a hub id; not if there is a folder a here, though: then b was mistyped.
+    if not local and (path.count("/") != 1 or path[0] in "./~" or os.path.exists(os.path.dirname(path))):
         raise ModelError(f"model folder {path} does not exist")
     try:
         config = AutoConfig.from_pretrained(path)

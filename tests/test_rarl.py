@@ -129,9 +129,7 @@ def test_padding_of_other_prompts_and_answers_does_not_leak(policy, prompts, rol
         torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=0)
     # What stands behind an answer's end must not matter.
     poisoned = torch.where(rollout.mask, rollout.ids, 5)
-    torch.testing.assert_close(
-        rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0)
 
 
 def test_first_eos_counts_and_the_rest_is_masked(policy, prompts):
