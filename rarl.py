@@ -96,9 +96,12 @@ def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", 
     return Policy(model.to(device).eval(), tokenizer, image_processor)
 
 
-def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a Hugging Face folder that transformers (and whatever builds on it) loads as it is."""
-    policy.model.save_pretrained(path)
+def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face folder that transformers (and whatever builds on it) loads as it is.
+
+    state_dict  weights to write in the place of the policy's own, such as those gathered from several processes
+    """
+    policy.model.save_pretrained(path, state_dict=state_dict)
     policy.tokenizer.save_pretrained(path)
     policy.image_processor.save_pretrained(path)
 

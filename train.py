@@ -3,9 +3,10 @@
     python train.py                                   # both stages of the embedded default, minutes on a laptop
     torchrun train.py --stage 1                       # regression only, one image in a prompt
     torchrun train.py --stage 2                       # then everything jointly, several images; starts from stage 1
+    torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data coco --data-root /data/coco
     python train.py --help                            # every setting
 
-A step reads as the algorithm:
+A step reads as the algorithm (`train_stage`):
 
     rollout    G answers to each of B prompts, sampled from the policy
     reward     R_final of each answer: tolerance regression, Kendall's tau, format            reward.py
@@ -14,24 +15,48 @@ A step reads as the algorithm:
     loss       clipped policy ratio, KL to the policy that the stage began with               grpo.py
     step       AdamW
 
-Everything goes to runs/NAME/: settings.json, metrics.jsonl (one line a step), stage1/ and stage2/ (policies in Hugging
-Face layout), predictions_*.jsonl, predictions.png and results.txt.
+Everything goes to runs/NAME/: settings.json, metrics.jsonl (one line a step, the same to the last digit for the same
+seed; the times are apart, in timing.jsonl), stage1/ and stage2/ (policies in Hugging Face layout), predictions_*.jsonl,
+predictions.png, results.txt, and checkpoints/ while a stage runs.
+
+All that is drawn at random in a step is drawn from generators seeded by (seed, stage, step, prompt). So a step has no
+random state to save, and does not depend on how many processes share it.
+
+Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
+decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
+decoding; the loss is divided by counts over all ranks, so N processes take the step that one would.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import random
+import shutil
+import signal
 import sys
 import time
 import types
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -62,22 +87,20 @@ class Settings:
 
     # What
     model: str = setting("tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one")
-    data: str = setting("dots", "data set: dots, dials (drawn) or coco (needs --data-root)")
+    data: str = setting("dots", "data set, see data.py")
     data_root: str | None = setting(None, "folder of the data set")
-    name: str = setting("rarl", "results go to runs/NAME")
+    name: str = setting("rarl", "results go to runs/NAME; an earlier run of that name is moved aside")
     stage: int | None = setting(
-        None, "run only this stage, 1 or 2; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
+        None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
     )
+    resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
     seed: int = setting(0, "of the batches, the sampled answers and RMO")
-    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
     # How much
-    steps1: int = setting(200, "optimiser steps of stage 1 (regression, one image)")
-    steps2: int = setting(120, "optimiser steps of stage 2 (joint, several images)")
-    batch_size: int = setting(
-        16, "B, prompts in a step over all processes [paper: 64, as prompts or answers is not said]"
-    )
+    steps1: int = setting(200, "rollouts of stage 1 (regression, one image)")
+    steps2: int = setting(120, "rollouts of stage 2 (joint, several images)")
+    batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
-    images: tuple[int, ...] = setting((2, 4, 8), "numbers of images in a prompt of stage 2 [paper: 1, 2, 4, 8]")
+    images: tuple[int, ...] = setting((2, 4, 8), "numbers of images in a prompt of stage 2 [paper: up to 8]")
     # Reward
     delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)")
     w_reg: float = setting(1.0, "weight of R_reg")
@@ -87,12 +110,10 @@ class Settings:
     rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
     rmo_source: str = setting(
-        "truth", "good answers come from the ground truth or the best earlier one", choices=("truth", "history")
+        "truth", "the ground truth, or the best earlier answer to the prompt", choices=("truth", "history")
     )
-    rmo_spread: float = setting(
-        0.05, "a group is homogeneous when the std of its rewards is at most this share of full marks"
-    )
-    rmo_poor: float = setting(0.7, "and poor when its best reward is at most this share of full marks")
+    rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of full marks")
+    rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of full marks")
     # GRPO
     lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
     warmup: int = setting(5, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
@@ -100,19 +121,28 @@ class Settings:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     temperature: float = setting(1.0, "of sampling; the update scores the same distribution")
     beta: float = setting(
-        0.02, "weight of the KL to the policy that the stage began with; 0 drops it and its forward pass"
+        0.02, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
     )
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
     clip_high: float = setting(0.2, "and above 1 + clip_high")
     normalize: str = setting(
-        "sequence", "loss per answer, then mean (GRPO), or mean over all tokens", choices=("sequence", "token")
+        "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
     )
     updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
     max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
     # Machine
+    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
     max_tokens_per_forward: int = setting(
-        32768, "packed tokens (prompts and answers, padding too) in one forward of the update; bounds memory"
+        32768, "packed tokens, padding too, in one forward of the update: bounds its memory"
     )
+    activation_checkpointing: bool = setting(
+        False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
+    )
+    workers: int = setting(1, "processes that read and resize the next steps' images; 0: none")
+    # Safety
+    checkpoint_every: int = setting(50, "steps between checkpoints")
+    keep: int = setting(2, "newest checkpoints that are kept")
+    max_bad_steps: int = setting(5, "stop after this many steps in a row whose loss or gradient is not finite")
     # Evaluation
     eval_samples: int = setting(200, "test prompts for each number of images")
     eval_batch_size: int = setting(50, "test prompts at a time")
@@ -120,20 +150,18 @@ class Settings:
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(
-        description="Train a vision-language policy with RARL.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a vision-language policy with RARL.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # --image for --images would be a guess
-    )  # fmt: skip
+    )
     for f in dataclasses.fields(Settings):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int if given
-        many = kind == tuple[int, ...]
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=int if many else kind,
-            nargs="+" if many else None,
-            default=f.default,
-            choices=f.metadata.get("choices"),
-            help=f.metadata["help"],
-        )
+        if kind is bool:
+            how = {"action": "store_true"}
+        else:
+            many = kind == tuple[int, ...]
+            how = {"type": int if many else kind, "nargs": "+" if many else None, "choices": f.metadata.get("choices")}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **how)
     values = vars(parser.parse_args(argv))
     settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     check_settings(settings)
@@ -142,39 +170,143 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
+    at_least_1 = ("steps1", "steps2", "batch_size", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers")  # fmt: skip
+    positive = ("lr", "max_grad_norm", "temperature")
     rules = [
-        ("steps1", s.steps1 >= 1, "must be at least 1"),
-        ("steps2", s.steps2 >= 1, "must be at least 1"),
-        ("batch_size", s.batch_size >= 1, "must be at least 1"),
+        *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
+        *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
+        *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in positive),
         ("group_size", s.group_size >= 2, "must be at least 2: a group of one has no spread, so no advantage"),
         ("images", all(n >= 1 for n in s.images), "must be numbers of images, each at least 1"),
         ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
-        ("w_reg", 0 <= s.w_reg < math.inf, "must be finite and not negative"),
-        ("w_rank", 0 <= s.w_rank < math.inf, "must be finite and not negative"),
-        ("w_format", 0 <= s.w_format < math.inf, "must be finite and not negative"),
-        ("w_reg", s.w_reg + s.w_rank + s.w_format > 0, "all weights are 0: give one of them a weight"),
+        ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
         ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
-        ("rmo_spread", 0 <= s.rmo_spread < math.inf, "must not be negative"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),
-        ("lr", 0 < s.lr < math.inf, "must be positive"),
-        ("warmup", s.warmup >= 0, "must not be negative"),
-        ("weight_decay", 0 <= s.weight_decay < math.inf, "must not be negative"),
-        ("max_grad_norm", s.max_grad_norm > 0, "must be positive"),
-        ("temperature", 0 < s.temperature < math.inf, "must be positive: greedy answers have no spread"),
-        ("beta", 0 <= s.beta < math.inf, "must not be negative"),
         ("clip_low", 0 <= s.clip_low <= 1, "must be from 0 to 1"),
-        ("clip_high", 0 <= s.clip_high < math.inf, "must not be negative"),
-        ("updates", s.updates >= 1, "must be at least 1"),
-        ("max_new_tokens", s.max_new_tokens >= 0, "must be positive, or 0 for automatic"),
-        ("max_tokens_per_forward", s.max_tokens_per_forward >= 1, "must be positive"),
-        ("eval_samples", s.eval_samples >= 1, "must be at least 1"),
-        ("eval_batch_size", s.eval_batch_size >= 1, "must be at least 1"),
         ("name", s.name not in ("", ".", "..") and "/" not in s.name, "must be a plain folder name"),
     ]
     for name, ok, what in rules:
         if not ok:
             raise SettingError(f"--{name.replace('_', '-')} {getattr(s, name)} {what}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass(frozen=True)
+class World:
+    """Who else takes part: torchrun starts `size` processes, this is number `rank`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, thing) -> list:
+        """Everybody's `thing`, by rank."""
+        if self.size == 1:
+            return [thing]
+        things: list = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+def start_world(device: str) -> World:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingError(f"--device {device}: this machine has no CUDA GPU; take --device cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    elif name != "cpu":
+        raise SettingError(f"--device {device}: choose auto, cpu or cuda")
+    if size > 1 and not dist.is_initialized():
+        # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name != "cpu" else "gloo")
+    return World(rank, size, torch.device(name))
+
+
+class Learner:
+    """The policy in its three roles: trained (float32 weights), sampled from, and referred to.
+
+    policy     float32 master weights, computed with in bf16 on a GPU (lr 1e-6 vanishes in bf16 weights: from 1 to the
+               next bf16 number is 0.8 %). On several processes it is sharded: one FSDP unit for each decoder layer and
+               vision block, the rest (embeddings, head, norms) in the root's.
+    actor      whole and unsharded, bf16 on a GPU: samples without any communication, reads half the bytes per token, and
+               its weights stay where a captured CUDA graph expects them. On one CPU process it is the policy itself.
+    reference  the policy as the stage began, frozen; None if beta is 0
+    """
+
+    def __init__(self, policy: rarl.Policy, world: World, s: Settings):
+        cuda = world.device.type == "cuda"
+        self.world, self.settings, self.policy = world, s, policy
+        self.actor = policy
+        if cuda or world.size > 1:
+            self.actor = copy.deepcopy(policy).requires_grad_(False).to(torch.bfloat16 if cuda else torch.float32)
+            self.actor.to(world.device)
+        if s.activation_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+            policy.train()  # transformers checkpoints in training mode only; there is no dropout that it could switch on
+        self.shard(policy)
+        self.reference: rarl.Policy | None = None
+
+    def shard(self, policy: rarl.Policy) -> None:
+        world = self.world
+        if world.size == 1:
+            policy.to(world.device)
+            return
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        precision = MixedPrecisionPolicy()
+        if world.device.type == "cuda":
+            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        layers = [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]
+        for module in [*layers, policy]:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+
+    def set_reference(self) -> None:
+        """The reference becomes what the policy is now (the actor holds the same weights, whole)."""
+        if self.settings.beta == 0:
+            return
+        if self.world.size == 1:
+            self.reference = copy.deepcopy(self.actor).requires_grad_(False)
+        else:
+            self.reference = copy.deepcopy(self.actor).float().cpu().requires_grad_(False)
+            self.shard(self.reference)
+
+    @torch.no_grad()
+    def sync_actor(self) -> None:
+        """Gather the weights once; between two syncs every rank samples on its own."""
+        if self.actor is self.policy:
+            return
+        for ours, theirs in zip(self.actor.parameters(), self.policy.parameters(), strict=True):
+            ours.copy_(theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs)
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda")
+
+    def save(self, path: Path) -> None:
+        """The float32 weights as a Hugging Face folder, written beside and renamed."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.policy, options=options)
+        if self.world.main:
+            beside = path.with_name(path.name + ".writing")
+            shutil.rmtree(beside, ignore_errors=True)
+            whole = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            if self.actor.model.config.tie_word_embeddings:
+                whole.pop("lm_head.weight", None)  # the embeddings' own, listed twice
+            rarl.save_policy(self.actor, beside, whole)
+            replace_folder(beside, path)
+        self.world.barrier()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -207,8 +339,7 @@ def preflight(policy: rarl.Policy, samples: list[data.Sample], weights: Weights,
     references = [data.reference_answer(sample) for sample in samples]
     unique = sorted(set(references))
     tokens = dict(zip(unique, rarl.encode(policy, unique), strict=True))
-    ones = {text: torch.ones(1, len(ids)) for text, ids in tokens.items()}
-    read_back = {text: rarl.decode(policy, tokens[text][None], ones[text])[0] for text in unique}
+    read_back = {text: rarl.decode(policy, ids[None], torch.ones(1, len(ids)))[0] for text, ids in tokens.items()}
     for sample, text in zip(samples, references, strict=True):
         got, full = score(read_back[text], sample, weights), weights.full_marks(len(sample.items))
         if got.total < 0.99 * full or len(tokens[text]) > budget:
@@ -222,12 +353,12 @@ def preflight(policy: rarl.Policy, samples: list[data.Sample], weights: Weights,
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One step
+# One step: collect
 
 
 @dataclass
 class Batch:
-    """What a rollout leaves for the update. N = B*G rows, answer g of prompt b in row b*G + g."""
+    """What a rollout leaves for the update, this rank's part. N = B*G rows, answer g of prompt b in row b*G + g."""
 
     prompts: list  # B
     ids: Tensor  # (N, T)
@@ -235,63 +366,74 @@ class Batch:
     sampled_logp: Tensor  # (N, T), 0 at mutated answers
     mutated: Tensor  # (N,) bool
     advantages: Tensor  # (B, G)
+    texts: list[str]  # N, for the report of a step that went wrong
 
 
-def collect(policy, samples, s: Settings, weights: Weights, budget: int, step: int, best: dict) -> tuple[Batch, dict]:
-    """rollout -> reward -> mutate -> advantage. Returns the batch and what to log about it."""
+def seed_of(*place) -> int:
+    """A 63-bit seed for a place such as (seed, stage, step, prompt): each has a stream of its own, on any rank."""
+    return random.Random(repr(place)).getrandbits(63)
+
+
+def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, place: tuple, best: dict):
+    """rollout -> reward -> mutate -> advantage, on this rank's prompts. -> batch, what to log, RMO's new memories.
+
+    place  (stage, step): with the seed and a prompt's number in the batch it fixes all random draws
+    best   RMO's history: a prompt's images -> (best earlier answer, its reward)
+    """
+    s, actor, world = learner.settings, learner.actor, learner.world
     B, G = len(samples), s.group_size
-    prompts = data.make_prompts(policy, samples)
+    numbers = range(world.rank, B * world.size, world.size)  # of this rank's prompts in the whole batch
 
     # rollout
-    generators = [torch.Generator().manual_seed(hash_seed(s.seed, step, b)) for b in range(B)]
-    rollout = rarl.generate(policy, prompts, G, budget, s.temperature, generators)
-    texts = rarl.decode(policy, rollout.ids, rollout.mask)
+    generators = [torch.Generator().manual_seed(seed_of(s.seed, *place, b)) for b in numbers]
+    rollout = rarl.generate(actor, prompts, G, budget, s.temperature, generators)
+    texts = rarl.decode(actor, rollout.ids, rollout.mask)
 
     # reward
     rewards = [score(text, samples[i // G], weights) for i, text in enumerate(texts)]
-    log = rollout_log(texts, rewards, samples, rollout)
+    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(B, G)
+    spreadless = (totals.amax(1) == totals.amin(1)).tolist()
+    facts = rollout_facts(texts, rewards, samples, rollout) | {"zero_spread": spreadless}
 
     # mutate
-    ids, mask, logp = rollout.ids, rollout.mask, rollout.logp
-    mutated = torch.zeros(B * G, dtype=torch.bool)
-    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(B, G)
-    log["zero_spread"] = (totals.amax(1) == totals.amin(1)).double().mean().item()
-    rng = random.Random(f"rmo {s.seed} {step}")
-    for b, sample in enumerate(samples):
-        full, key = weights.full_marks(len(sample.items)), tuple(item.name for item in sample.items)
-        references = [data.reference_answer(sample)] if s.rmo_source == "truth" else best.get(key, [])[:1]
-        group = slice(b * G, (b + 1) * G)
-        texts[group], changed = rmo.mutate(
-            texts[group], totals[b], references, s.rmo_k, s.rmo_probability,
-            spread=s.rmo_spread * full, poor=s.rmo_poor * full, rng=rng,
-        )  # fmt: skip
-        if s.rmo_source == "history":  # remember this prompt's best answer, unless it was put there
-            i = int(totals[b].argmax())
-            if totals[b, i] > best.get(key, ("", 0.0))[1] and not changed[i]:
-                best[key] = (texts[b * G + i], totals[b, i].item())
-        for g, was in enumerate(changed):
-            if was:
-                mutated[b * G + g] = True
-                totals[b, g] = score(texts[b * G + g], sample, weights).total
-    if mutated.any():
-        ids, mask, logp = put_answers(
-            policy, rollout, mutated, [texts[i] for i in mutated.nonzero().flatten().tolist()]
+    mutated = torch.zeros(B, G, dtype=torch.bool)
+    memories = {}
+    for b, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
+        full, key = weights.full_marks(len(sample.items)), "|".join(item.name for item in sample.items)
+        known = best.get(key, ("", 0.0))
+        references = [data.reference_answer(sample)] if s.rmo_source == "truth" else [known[0]] if known[1] > 0 else []
+        top = int(totals[b].argmax())
+        if s.rmo_source == "history" and totals[b, top] > known[1]:
+            memories[key] = (texts[b * G + top], totals[b, top].item())
+        texts[b * G : (b + 1) * G], changed = rmo.mutate(
+            texts[b * G : (b + 1) * G],
+            totals[b],
+            references,
+            s.rmo_k,
+            s.rmo_probability,
+            spread=s.rmo_spread * full,
+            poor=s.rmo_poor * full,
+            rng=random.Random(seed_of("rmo", s.seed, *place, number)),
         )
-    log["mutated"] = mutated.double().mean().item()
+        mutated[b] = torch.tensor(changed)
+        for g in mutated[b].nonzero().flatten().tolist():
+            totals[b, g] = score(texts[b * G + g], sample, weights).total
+    mutated = mutated.flatten()
+    ids, mask, logp = put_answers(
+        actor, rollout, mutated, [t for t, m in zip(texts, mutated.tolist(), strict=True) if m]
+    )
+    facts["mutated"] = mutated.tolist()
 
     # advantage
     advantages = grpo.group_advantages(totals).float()
-    log["advantage_var"] = advantages.var(correction=0).item()
-    return Batch(prompts, ids, mask, logp, mutated, advantages), log
-
-
-def hash_seed(*numbers: int) -> int:
-    """One 63-bit seed for (seed, step, prompt): prompts have streams of their own, whoever computes them."""
-    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
+    facts["advantage"] = advantages.flatten().tolist()
+    return Batch(prompts, ids, mask, logp, mutated, advantages, texts), facts, memories
 
 
 def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """The rollout's ids, mask and logp with other answers in some rows (their logp is 0: they were not sampled)."""
+    if not texts:
+        return rollout.ids, rollout.mask, rollout.logp
     answers = rarl.encode(policy, texts)
     N, T = rollout.ids.shape
     width = max(T, *(len(a) for a in answers))
@@ -306,24 +448,35 @@ def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -
     return ids, mask, logp
 
 
-def rollout_log(texts, rewards, samples, rollout) -> dict:
-    """Statistics of the sampled answers, before any mutation."""
-    G, N = len(texts) // len(samples), len(texts)
+def rollout_facts(texts, rewards, samples, rollout) -> dict[str, list]:
+    """What to average over the sampled answers (before any mutation) of all ranks: name -> numbers."""
+    G = len(texts) // len(samples)
     errors = []
     for i, text in enumerate(texts):
         labels = samples[i // G].labels
         answer = reward.parse_response(text, len(labels))
         errors += [] if answer is None else [abs(value - labels[image - 1]) for image, value in answer]
-    several = [r.ranking for i, r in enumerate(rewards) if len(samples[i // G].items) > 1]
     return {
-        "images": len(samples[0].items),
-        "reward": sum(r.total for r in rewards) / N,
-        "format": sum(r.format for r in rewards) / N,
-        "regression": sum(r.regression for r in rewards) / N,
-        "ranking": sum(several) / len(several) if several else None,
-        "mae": sum(errors) / len(errors) if errors else None,
-        "tokens": rollout.mask.sum().item() / N,
+        "reward": [r.total for r in rewards],
+        "format": [r.format for r in rewards],
+        "regression": [r.regression for r in rewards],
+        "ranking": [r.ranking for i, r in enumerate(rewards) if len(samples[i // G].items) > 1],
+        "mae": errors,  # of the values in valid answers
+        "tokens": rollout.mask.sum(1).tolist(),
     }
+
+
+def means(facts: list[dict[str, list]]) -> dict[str, float | None]:
+    """Every rank's numbers -> their means over all; None where there is nothing to average."""
+    joined = {name: [x for f in facts for x in f[name]] for name in facts[0]}
+    spread = torch.tensor(joined["advantage"]).var(correction=0).item()
+    return {name: math.fsum(xs) / len(xs) if xs else None for name, xs in joined.items() if name != "advantage"} | {
+        "advantage_var": spread
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One step: update
 
 
 def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]]:
@@ -332,41 +485,43 @@ def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]
     Sorted by length, so that little of a rectangle is padding. One prompt that is over the limit goes alone.
     """
     G = batch.advantages.shape[1]
-    width = [len(p.ids) for p in batch.prompts]
-    answer = batch.mask.view(len(width), G, -1).sum(-1).amax(1).tolist()  # longest answer of each group
+    prompt = [len(p.ids) for p in batch.prompts]
+    answer = batch.mask.view(len(prompt), G, -1).sum(-1).amax(1).tolist()  # longest answer of each group
     lots: list[list[int]] = []
-    for b in sorted(wanted, key=lambda b: (width[b] + G * answer[b], b)):
+    for b in sorted(wanted, key=lambda b: (prompt[b] + G * answer[b], b)):
         lot = [*lots[-1], b] if lots else [b]
-        if lots and len(lot) * (max(width[i] for i in lot) + G * max(answer[i] for i in lot)) <= limit:
+        if lots and len(lot) * (max(prompt[i] for i in lot) + G * max(answer[i] for i in lot)) <= limit:
             lots[-1] = lot
         else:
             lots.append([b])
     return lots
 
 
-def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
-    """The GRPO update on one batch, `s.updates` times. Returns what to log."""
+def update(learner: Learner, optimizer, batch: Batch) -> dict:
+    """The GRPO update on one batch, `updates` times. -> what to log; "bad" is True if a step was skipped."""
+    s, policy, reference, world = learner.settings, learner.policy, learner.reference, learner.world
     B, G = batch.advantages.shape
     rows = torch.arange(B * G).view(B, G)
     # A group without advantage and without KL has no gradient at all: it is not run.
     wanted = [b for b in range(B) if reference is not None or batch.advantages[b].any()]
     lots = micro_batches(batch, wanted, s.max_tokens_per_forward)
-    denominator = B * G if s.normalize == "sequence" else batch.mask.sum().item()
-    amp = torch.autocast("cuda", torch.bfloat16, enabled=policy.device.type == "cuda")
+    # Counts over all ranks, not a mean of the ranks' means; FSDP averages gradients over ranks, hence "/ size".
+    everywhere = world.gather({"lots": len(lots), "answers": B * G, "tokens": int(batch.mask.sum())})
+    count = sum(e["answers" if s.normalize == "sequence" else "tokens"] for e in everywhere)
+    # FSDP gathers weights in each forward, so ranks must run equally many: who has fewer repeats one, for nothing.
+    real = len(lots)
+    lots += [lots[0] if lots else [0]] * (max(e["lots"] for e in everywhere) - real)
+
     old_logps: list[Tensor] = []  # per lot, from the first pass: the policy before the first update
-    log: dict = {}
+    log: dict = {"bad": False}
     for epoch in range(s.updates):
-        totals: dict[str, float] = {}
-
-        def add(totals=totals, **sums: Tensor) -> None:
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-
+        sums: dict[str, float] = {}
+        most = 0.0
         for i, lot in enumerate(lots):
             prompts, row = [batch.prompts[b] for b in lot], rows[lot].flatten()
             width = int(batch.mask[row].sum(1).max())
             ids, mask = batch.ids[row, :width], batch.mask[row, :width]
-            with amp:
+            with learner.autocast():
                 logp, entropy = rarl.logprobs(policy, prompts, ids, mask, s.temperature)  # (lot*G, width)
                 ref_logp = None
                 if reference is not None:
@@ -375,35 +530,57 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
             if epoch == 0:
                 old_logps.append(logp.detach())
             loss, stats = grpo.grpo_loss(
-                logp, old_logps[i] if epoch else None, ref_logp, batch.advantages.flatten()[row].to(logp.device), mask,
-                s.clip_low, s.clip_high, s.beta, s.normalize, denominator,
-            )  # fmt: skip
-            loss.backward()
+                logp,
+                old_logps[i] if epoch else None,  # None: on-policy, ratio 1
+                ref_logp,
+                batch.advantages.flatten()[row].to(logp.device),
+                mask,
+                s.clip_low,
+                s.clip_high,
+                s.beta,
+                s.normalize,
+                denominator=count / world.size,
+            )
+            (loss if i < real else 0.0 * loss).backward()
+            if i >= real:
+                continue
+            sampled = mask & ~batch.mutated[row, None].to(mask.device)
+            gap = (logp.detach() - batch.sampled_logp[row, :width]).abs().masked_fill(~sampled, 0.0)
             tokens = stats.pop("tokens")
-            add(tokens=tokens, entropy=entropy.sum(), policy_loss=stats.pop("policy_loss"), loss=loss.detach())
-            add(**{name: value * tokens for name, value in stats.items()})
-            if epoch == 0:
-                sampled = mask & ~batch.mutated[row, None].to(mask.device)
-                gap = (logp.detach() - batch.sampled_logp[row, :width]).abs().masked_fill(~sampled, 0.0)
-                add(gap=gap.sum(), sampled=sampled.sum(), mutated_logp=logp.detach().masked_fill(sampled, 0.0).sum())
-                log["logp_gap_max"] = max(log.get("logp_gap_max", 0.0), gap.max().item())
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm).item() if lots else 0.0
-        optimizer.step()
+            lot_sums = {name: value * tokens for name, value in stats.items() if name != "policy_loss"}
+            lot_sums |= {"tokens": tokens, "entropy": entropy.sum(), "sampled": sampled.sum(), "gap": gap.sum()}
+            lot_sums |= {"loss": loss.detach() / world.size, "policy_loss": stats["policy_loss"] / world.size}
+            lot_sums |= {"mutated_logp": logp.detach().masked_fill(sampled, 0.0).sum()}
+            for name, value in lot_sums.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            most = max(most, gap.max().item())
+        norm = 0.0
+        if lots:
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm)
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        all_sums = world.gather((sums, most))
+        total = {name: math.fsum(part.get(name, 0.0) for part, _ in all_sums) for part, _ in all_sums for name in part}
+        # The norm is the same on all ranks, and so is the sum: they skip together or not at all.
+        log["bad"] = not (math.isfinite(norm) and math.isfinite(total.get("loss", 0.0)))
+        if lots and not log["bad"]:
+            optimizer.step()
         optimizer.zero_grad()
+        tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
+        per_token = {k: total[k] / tokens for k in ("entropy", "kl", "ratio", "clip_low", "clip_high") if k in total}
         if epoch == 0:
-            # Per token over the whole batch, not a mean of micro-batch means.
-            tokens, others = totals.get("tokens", 0.0), totals.get("tokens", 0.0) - totals.get("sampled", 0.0)
-            log |= {k: totals[k] / tokens for k in ("entropy", "kl", "ratio") if k in totals}
-            log |= {"loss": totals.get("loss", 0.0), "policy_loss": totals.get("policy_loss", 0.0), "grad_norm": norm}
-            log["logp_gap_mean"] = totals["gap"] / max(totals["sampled"], 1) if lots else None
-            log["mutated_logp"] = totals["mutated_logp"] / others if others else None
-        else:  # of the last update: how far the policy has moved from the one that sampled
-            log |= {k: totals[k] / totals["tokens"] for k in ("ratio", "clip_low", "clip_high") if k in totals}
+            log |= {"loss": total.get("loss", 0.0), "policy_loss": total.get("policy_loss", 0.0), "grad_norm": norm}
+            log |= {k: per_token.get(k) for k in ("entropy", "kl", "ratio") if k != "kl" or reference is not None}
+            # How far the update's log-probs are from those under which the answers were sampled: rounding, or a bug.
+            log |= {
+                "logp_gap_mean": total["gap"] / sampled if sampled else None,
+                "logp_gap_max": max(m for _, m in all_sums),
+            }
+            log["mutated_logp"] = total["mutated_logp"] / (tokens - sampled) if tokens > sampled else None
+        else:  # how far the policy has moved from the one that sampled
+            log |= {k: per_token.get(k) for k in ("ratio", "clip_low", "clip_high")}
+        if log["bad"]:
+            break
     return log
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# A stage
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -413,53 +590,301 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
 
 
-def train_stage(stage: int, policy: rarl.Policy, items: list[data.Item], s: Settings, out: Path) -> None:
-    """Run one stage on `policy` in place. Stage 1: one image, regression. Stage 2: several images, everything."""
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put the finished folder `new` in the place of `path`; a crash in between leaves one of them whole."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def checksums(folder: Path, files: list[Path]) -> dict[str, int]:
+    sums = {}
+    for file in files:
+        crc = 0
+        with open(file, "rb") as f:
+            while piece := f.read(2**24):
+                crc = zlib.crc32(piece, crc)
+            os.fsync(f.fileno())
+        sums[str(file.relative_to(folder))] = crc
+    return sums
+
+
+class Checkpoints:
+    """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
+
+    Written beside under another name and renamed when complete, with a checksum of every file: a crash while writing
+    costs nothing, and damage is noticed on reading. There is no random state in one (see the top of this file).
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int):
+        self.folder, self.world, self.keep = folder, world, keep
+
+    def names(self) -> list[str]:
+        found = self.folder.glob("[12]-[0-9]*") if self.folder.is_dir() else []
+        return sorted((p.name for p in found if p.name[2:].isdigit()), reverse=True)  # newest first
+
+    def save(self, stage: int, step: int, learner: Learner, optimizer, extra: dict) -> None:
+        name = f"{stage}-{step:07d}"
+        beside = self.folder / f"{name}.writing"
+        if self.world.main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.world.barrier()
+        model, optim = get_state_dict(learner.policy, optimizer)
+        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=beside, no_dist=self.world.size == 1)
+        if self.world.main:
+            (beside / "extra.json").write_text(json.dumps(extra))
+            files = sorted(p for p in beside.rglob("*") if p.is_file())
+            (beside / "checksums.json").write_text(json.dumps(checksums(beside, files)))
+            replace_folder(beside, self.folder / name)
+            for old in self.names()[self.keep :]:
+                shutil.rmtree(self.folder / old)
+        self.world.barrier()
+
+    def damage(self, name: str) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        folder = self.folder / name
+        try:
+            expected = json.loads((folder / "checksums.json").read_text())
+            for file, crc in expected.items():
+                if checksums(folder, [folder / file])[file] != crc:
+                    return f"{folder / file} was altered"
+        except (OSError, ValueError) as error:
+            return f"{folder} is incomplete ({error})"
+        return None
+
+    def newest(self) -> str | None:
+        """Name of the newest sound checkpoint; says which ones it passes over."""
+        verdicts = []
+        for name in self.names():
+            damage = self.damage(name) if self.world.main else None
+            verdicts.append((name, damage))
+            if damage is None:
+                break
+            print(f"checkpoint {self.folder / name} is damaged: {damage}", file=sys.stderr)
+        return self.world.gather(next((name for name, damage in verdicts if damage is None), None))[0]
+
+    def extra(self, name: str) -> dict:
+        return json.loads((self.folder / name / "extra.json").read_text())
+
+    def load(self, name: str, learner: Learner, optimizer) -> None:
+        model, optim = get_state_dict(learner.policy, optimizer)
+        state = {"model": model, "optimizer": optim}
+        dcp.load(state, checkpoint_id=self.folder / name, no_dist=self.world.size == 1)
+        set_state_dict(learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        learner.sync_actor()
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for an end after the step in progress; a second one kills as usual."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: somebody imports this file and knows better
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A stage
+
+
+class Watch:
+    """Says once, plainly, when a run shows one of the paper's failure signatures. Thresholds are ours."""
+
+    def __init__(self, steps: int = 20):
+        self.steps, self.logs, self.said = steps, [], set()
+
+    def __call__(self, log: dict, full: float) -> str | None:
+        self.logs.append(log | {"full": full})
+        if len(self.logs) < 2 * self.steps:
+            return None
+
+        def mean(name: str, logs: list[dict]) -> float:
+            values = [l[name] / (l["full"] if name == "reward" else 1) for l in logs if l.get(name) is not None]
+            return sum(values) / len(values) if values else 0.0
+
+        first, last = self.logs[: self.steps], self.logs[-self.steps :]
+        gain = {k: mean(k, last) - mean(k, first) for k in ("format", "regression", "ranking")}
+        reward_now = mean("reward", last)
+        signs = {
+            "entropy collapse": (
+                mean("zero_spread", last) > 0.8 and reward_now < 0.9,
+                "the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta",
+            ),
+            "reward hacking": (
+                gain["format"] > 0.1 and gain["regression"] < 0.01 and gain["ranking"] < 0.01,
+                "the format improves, values and order do not: lower --w-format, or look at the predictions",
+            ),
+            "stuck": (
+                mean("grad_norm", last) < 1e-4 and reward_now < 0.5,
+                "hardly any gradient while the reward is low: raise --rmo-k, --rmo-probability or --group-size",
+            ),
+        }
+        for name, (present, advice) in signs.items():
+            if present and name not in self.said:
+                self.said.add(name)
+                return f"{name}: over the last {self.steps} steps {advice}"
+        return None
+
+
+class Steps(torch.utils.data.Dataset):
+    """Step number -> this rank's samples and prompts, so that worker processes can read images ahead."""
+
+    def __init__(self, sampler: data.Sampler, policy: rarl.Policy, world: World):
+        self.sampler, self.world = sampler, world
+        # Not the policy itself: a worker needs no weights.
+        self.front = types.SimpleNamespace(tokenizer=policy.tokenizer, image_processor=policy.image_processor)
+
+    def __getitem__(self, step: int):
+        try:
+            samples = self.sampler.batch(step)[self.world.rank :: self.world.size]
+            return samples, data.make_prompts(self.front, samples)
+        except data.DataError as error:  # raised by a worker, it would arrive wrapped in the worker's traceback
+            return error, None
+
+    def ahead(self, first: int, last: int, workers: int) -> Iterator:
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+        )
+        for samples, prompts in loader:
+            if isinstance(samples, data.DataError):
+                raise samples
+            yield samples, prompts
+
+
+def train_stage(
+    stage: int, learner: Learner, items: list[data.Item], out: Path, resume_from: str | None, stop: Stop
+) -> None:
+    """Run one stage. Stage 1: one image, regression. Stage 2: several images, everything."""
+    s, world = learner.settings, learner.world
     steps, images = (s.steps1, (1,)) if stage == 1 else (s.steps2, s.images)
     weights = Weights(s.w_reg, s.w_rank if stage == 2 else 0.0, s.w_format)
-    sampler = data.Sampler(items, images, s.batch_size, seed=hash_seed(s.seed, stage))
+    sampler = data.Sampler(items, images, s.batch_size, seed=seed_of(s.seed, stage))
     samples = [sample for step in range(steps) for sample in sampler.batch(step)]
-    budget = s.max_new_tokens or data.answer_budget(policy, samples)
-    preflight(policy, samples, weights, budget)
+    budget = s.max_new_tokens or data.answer_budget(learner.actor, samples)
+    preflight(learner.actor, samples, weights, budget)
 
-    reference = copy.deepcopy(policy).requires_grad_(False) if s.beta > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, s.warmup))
-    best: dict = {}  # RMO's history: the best answer to each prompt so far
-    with (
-        open(out / "metrics.jsonl", "a") as metrics,
-        tqdm(range(steps), desc=f"stage {stage}", unit="step") as progress,
-    ):
-        for step in progress:
+    checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
+    optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    learner.set_reference()  # before a checkpoint is loaded: the policy as the stage began
+    first, best, bad = 0, {}, 0
+    if resume_from:
+        checkpoints.load(resume_from, learner, optimizer)
+        extra = checkpoints.extra(resume_from)
+        first, best, bad = extra["step"], extra["best"], extra["bad"]
+    else:
+        checkpoints.save(stage, 0, learner, optimizer, {"step": 0, "best": best, "bad": bad})
+    watch = Watch()
+    metrics = open(out / "metrics.jsonl", "a") if world.main else contextlib.nullcontext()  # noqa: SIM115
+    progress = tqdm(
+        range(first, steps), initial=first, total=steps, desc=f"stage {stage}", unit="step", disable=not world.main
+    )
+    with metrics, progress:
+        for step, (samples, prompts) in zip(
+            progress, Steps(sampler, learner.actor, world).ahead(first, steps, s.workers), strict=True
+        ):
             start = time.time()
-            batch, log = collect(policy, sampler.batch(step), s, weights, budget, step + 10**6 * stage, best)
-            log |= update(policy, reference, optimizer, batch, s)
-            schedule.step()
-            log |= {"seconds": time.time() - start}
-            metrics.write(json.dumps({"stage": stage, "step": step, **log}) + "\n")
-            metrics.flush()
-            shown = ("reward", "format", "regression", "ranking", "mae", "entropy", "kl", "zero_spread")
-            short = {"regression": "reg", "ranking": "rank", "zero_spread": "zero"}
-            progress.set_postfix_str(
-                " ".join(f"{short.get(k, k)}={log[k]:.2f}" for k in shown if log.get(k) is not None), refresh=False
-            )
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * learning_rate(step, steps, s.warmup)
+            batch, facts, memories = collect(learner, samples, prompts, weights, budget, (stage, step), best)
+            log = update(learner, optimizer, batch)
+            learner.sync_actor()
+            everywhere = world.gather((facts, memories, stop.signal))
+            for _, memory, _ in everywhere:
+                best |= memory
+            log = {"images": len(samples[0].items)} | means([f for f, _, _ in everywhere]) | log
+
+            bad = bad + 1 if log["bad"] else 0
+            if log["bad"]:
+                keep_evidence(out / "bad_steps" / f"{stage}-{step:07d}-rank{world.rank}.json", samples, batch, log)
+            if world.main:
+                metrics.write(json.dumps({"stage": stage, "step": step} | log) + "\n")
+                metrics.flush()
+                with open(out / "timing.jsonl", "a") as timing:
+                    timing.write(json.dumps({"stage": stage, "step": step, "seconds": time.time() - start}) + "\n")
+                short = {"reward": "reward", "format": "format", "regression": "reg", "ranking": "rank", "mae": "mae",
+                         "entropy": "entropy", "kl": "kl", "zero_spread": "zero"}  # fmt: skip
+                shown = [f"{word}={log[k]:.2f}" for k, word in short.items() if log.get(k) is not None]
+                progress.set_postfix_str(" ".join(shown), refresh=False)
+                if warning := watch(log, weights.full_marks(len(samples[0].items))):
+                    progress.write(f"step {step}: {warning}", file=sys.stderr)
+            if bad >= s.max_bad_steps:
+                raise SettingError(
+                    f"{bad} steps in a row had a loss or gradient that is not finite; the batches are in {out / 'bad_steps'}, "
+                    f"the last sound weights in {checkpoints.folder}: lower --lr or --max-grad-norm, or look at the images"
+                )
+            killed = max(number for _, _, number in everywhere)
+            if killed or (step + 1 < steps and (step + 1) % s.checkpoint_every == 0):
+                checkpoints.save(stage, step + 1, learner, optimizer, {"step": step + 1, "best": best, "bad": bad})
+            if killed:
+                progress.close()
+                raise SystemExit(
+                    f"train.py: stopped by {signal.Signals(killed).name} after step {step + 1} of stage {stage}; "
+                    f"saved, go on with --resume"
+                )
 
 
-def evaluate(name: str, policy, items, s: Settings, out: Path) -> tuple[dict, list, list]:
-    """The policy on held-out prompts with 1 and with `s.images` images: {"1 image": metrics, ...}, samples, answers."""
+def keep_evidence(path: Path, samples, batch: Batch, log: dict) -> None:
+    """What was in a step whose numbers went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    G = batch.advantages.shape[1]
+    groups = [
+        {
+            "images": [item.name for item in sample.items],
+            "labels": sample.labels,
+            "answers": batch.texts[b * G : (b + 1) * G],
+            "advantages": batch.advantages[b].tolist(),
+        }
+        for b, sample in enumerate(samples)
+    ]
+    path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
+
+
+def evaluate(name: str, learner: Learner, items, out: Path) -> dict[int, dict]:
+    """The policy on held-out prompts with 1 and with `images` images -> metrics of each. Shared among the ranks."""
+    s, world = learner.settings, learner.world
     rows, samples, predictions = {}, [], []
     for n in sorted({1, *s.images}):
         few = data.make_samples(items, n, s.eval_samples)
-        rows[n], answers = evaluation.evaluate(policy, few, s.eval_batch_size)
+        mine = few[world.rank :: world.size]
+        budget = data.answer_budget(learner.actor, few)
+        _, answers = evaluation.evaluate(learner.actor, mine, s.eval_batch_size, budget)
+        parts = world.gather(answers)
+        answers = [parts[i % world.size][i // world.size] for i in range(len(few))]
+        rows[n] = evaluation.summarize(answers)
         samples, predictions = samples + few, predictions + answers
-    evaluation.write_predictions(predictions, out / f"predictions_{name}.jsonl")
-    return rows, samples, predictions
+    if world.main:
+        evaluation.write_predictions(predictions, out / f"predictions_{name}.jsonl")
+        evaluation.draw_predictions(samples, predictions, out / "predictions.png")
+    return rows
+
+
+def finite(results):
+    """Results for JSON, which has no NaN: undefined metrics become null."""
+    if isinstance(results, dict):
+        return {k: finite(v) for k, v in results.items()}
+    return None if isinstance(results, float) and not math.isfinite(results) else results
 
 
 def results_table(results: dict[str, dict[int, dict]]) -> str:
     """base / stage 1 / stage 2 in lines; valid answers over everything, MAE at one image, tau at several."""
-    counts = sorted({n for rows in results.values() for n in rows})
-    several = [n for n in counts if n > 1]
+    several = sorted({n for rows in results.values() for n in rows} - {1})
     lines = [f"{'':10} {'valid':>7} {'MAE':>7} " + " ".join(f"{f'tau@{n}':>7}" for n in several)]
     for name, rows in results.items():
         valid = sum(r["valid"] * r["n"] for r in rows.values()) / sum(r["n"] for r in rows.values())
@@ -468,54 +893,131 @@ def results_table(results: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def with_delta(items: list[data.Item], delta: float | None) -> list[data.Item]:
-    if delta is None:
-        return items
-    return [dataclasses.replace(i, task=dataclasses.replace(i.task, delta=delta)) for i in items]
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def load_items(s: Settings, split: str) -> list[data.Item]:
+    items = data.load_dataset(s.data, s.data_root, split)
+    if s.delta is not None:
+        items = [dataclasses.replace(i, task=dataclasses.replace(i.task, delta=s.delta)) for i in items]
+    for n in {1, *s.images}:  # before anything starts: are there enough images?
+        data.make_pools(items, n)
+    return items
+
+
+def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkpoints) -> dict[str, dict[int, dict]]:
+    """Make runs/NAME ready, on the main rank. -> results so far.
+
+    Fresh: whatever lies there is moved to NAME~1, ~2, ...; nothing is overwritten. Stage 2 alone: only what stage 2 made
+    is moved. Resumed: the metrics' lines from the checkpoint's step on are taken back, they will be written again.
+    """
+    metrics, results = out / "metrics.jsonl", out / "results.json"
+    if checkpoint:
+        extra = checkpoints.extra(checkpoint)
+        place = int(checkpoint[0]), extra["step"]
+        lines = metrics.read_text().splitlines(keepends=True)
+        sound = [l for l in lines if l.endswith("\n")]  # a killed process may have left half a line
+        before = [l for l in sound if ((d := json.loads(l))["stage"], d["step"]) < place]
+        beside = metrics.with_name("metrics.writing")
+        beside.write_text("".join(before))
+        beside.rename(metrics)
+    else:
+        if s.stage == 2:
+            aside = next(f"stage2~{i}" for i in range(1, 10**6) if not (out / f"stage2~{i}").exists())
+            if (out / "stage2").exists():
+                (out / "stage2").rename(out / aside)
+            if metrics.exists():
+                metrics.write_text(
+                    "".join(l for l in metrics.read_text().splitlines(True) if json.loads(l)["stage"] == 1)
+                )
+        elif out.exists():
+            aside = next(a for i in range(1, 10**6) if not (a := out.with_name(f"{out.name}~{i}")).exists())
+            out.rename(aside)
+            print(f"the earlier {out} is now {aside}", file=sys.stderr)
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.touch()
+        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
+    known = json.loads(results.read_text()) if results.exists() else {}
+    nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
+    return {stage: {int(n): nan(row) for n, row in rows.items()} for stage, rows in known.items()}
+
+
+def check_resume(out: Path, s: Settings) -> None:
+    """A resumed run must be the same run: only settings that do not change its numbers may differ."""
+    if not (out / "settings.json").is_file():
+        raise SettingError(f"--resume: there is no run in {out}")
+    free = {"resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps"}
+    before = json.loads((out / "settings.json").read_text())
+    for name, value in json.loads(json.dumps(dataclasses.asdict(s))).items():
+        if name not in free and before.get(name) != value:
+            raise SettingError(
+                f"--resume: the run in {out} has --{name.replace('_', '-')} {before.get(name)}, not {value}: "
+                "give the settings that it was started with"
+            )
 
 
 def run(s: Settings) -> dict[str, dict[int, dict]]:
     """Everything: base evaluation, the stages with an evaluation after each, the files in runs/NAME. -> results"""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingError(f"--device {s.device}: this machine has no CUDA GPU; take --device cpu")
+    world = start_world(s.device)
+    if s.batch_size % world.size:
+        raise SettingError(f"--batch-size {s.batch_size} must be a multiple of the number of processes, {world.size}")
     out = Path("runs") / s.name
     stages = (s.stage,) if s.stage else (1, 2)
+    checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
+    checkpoint = None
+    if s.resume:
+        check_resume(out, s)
+        checkpoint = checkpoints.newest()
+        if checkpoint is None and checkpoints.names():
+            raise SettingError(f"--resume: {checkpoints.folder} holds no sound checkpoint; start without --resume")
     if s.stage == 2 and not (out / "stage1").is_dir():
         raise SettingError(
             f"--stage 2 starts from {out / 'stage1'}, which does not exist: run --stage 1 --name {s.name} first"
         )
-    train_items = with_delta(data.load_dataset(s.data, s.data_root, "train"), s.delta)
-    test_items = with_delta(data.load_dataset(s.data, s.data_root, "test"), s.delta)
-    for n in {1, *s.images}:  # before anything starts: are there enough images?
-        data.make_pools(train_items, n)
-        data.make_pools(test_items, n)
-    model = HERE / "tiny" if s.model == "tiny" else s.model
-    policy = rarl.load_policy(out / "stage1" if s.stage == 2 else model, device)
+    train_items, test_items = load_items(s, "train"), load_items(s, "test")
+    at = int(checkpoint[0]) if checkpoint else stages[0]  # the stage to begin with
+    start = out / "stage1" if at == 2 else HERE / "tiny" if s.model == "tiny" else s.model
+    policy = rarl.load_policy(start)
+    results = open_run(out, s, checkpoint, checkpoints) if world.main else {}
+    learner = Learner(policy, world, s)
+    stop = Stop()
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
-    (out / "metrics.jsonl").write_text("")
-    results: dict[str, dict[int, dict]] = {}
-    start_name = "stage 1" if s.stage == 2 else "base"
-    results[start_name], samples, predictions = evaluate(start_name.replace(" ", ""), policy, test_items, s, out)
-    for stage in stages:
-        train_stage(stage, policy, train_items, s, out)
-        rarl.save_policy(policy, out / f"stage{stage}")
-        results[f"stage {stage}"], samples, predictions = evaluate(f"stage{stage}", policy, test_items, s, out)
-    evaluation.draw_predictions(samples, predictions, out / "predictions.png")
-    table = results_table(results)
-    (out / "results.txt").write_text(table + "\n")
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{s.data}, {s.eval_samples} test prompts for each number of images\n\n{table}\n\nwrote {out}/")
+    def report(name: str) -> None:
+        rows = evaluate(name.replace(" ", ""), learner, test_items, out)
+        if world.main:
+            results[name] = rows
+            beside = out / "results.writing"
+            beside.write_text(json.dumps(finite(results), indent=2) + "\n")
+            beside.rename(out / "results.json")
+
+    begun_with = "stage 1" if at == 2 else "base"
+    if begun_with not in world.gather(results)[0]:
+        report(begun_with)
+    for stage in range(at, stages[-1] + 1):
+        train_stage(stage, learner, train_items, out, checkpoint if stage == at else None, stop)
+        learner.save(out / f"stage{stage}")
+        report(f"stage {stage}")
+    if world.main:
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # the run is whole
+        table = results_table(results)
+        (out / "results.txt").write_text(table + "\n")
+        print(f"\n{s.data}, {s.eval_samples} test prompts for each number of images\n\n{table}\n\nwrote {out}/")
     return results
 
 
 def main(argv: list[str] | None = None) -> None:
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # the tokenizer's threads and the image workers' fork do not mix
     try:
         run(parse_settings(argv))
     except (SettingError, data.DataError, rarl.ModelError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
