@@ -20,7 +20,8 @@ What would be unfair, and what is done about it:
   1. Unequal answers. All have exactly T tokens: EOS is banned on our side, and unknown to the other (no eos_token_id). No
      top-k or top-p filter, no logits processor slows the usual way; ours does mask its banned tokens.
   2. Unequal batches. `--micro` prompts with all their answers go through one forward, in both.
-  3. Unequal precision. Both compute in `--dtype`, under one autocast over float32 weights, as train.py does.
+  3. Unequal precision. As train.py does, both sample from a copy of the weights in `--dtype`, and both update float32
+     weights under autocast to it.
   4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared; beyond tolerance the exit
      status is 1. The tolerance is 1e-5 in float32; in bfloat16 it is that of the format.
   5. A memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU, where resident memory keeps what
@@ -41,11 +42,15 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +63,7 @@ import rarl
 HERE = Path(__file__).resolve().parent
 PARTS = ("rollout", "update", "step", "memory")
 WAYS = ("ours", "usual")
+SHARES = ("of_peak", "of_bandwidth")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # log-probs absolute, gradients relative (norms)
 SHAPES = {  # config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct
     "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
@@ -122,6 +128,7 @@ class Job:
     """One shape of work. `ids` (N, T) are random answers, `advantages` (N,) random too: only the work is measured."""
 
     policy: rarl.Policy
+    actor: rarl.Policy  # what samples: the policy itself, or its copy in bfloat16
     reference: rarl.Policy | None
     optimizer: torch.optim.Optimizer
     prompts: list
@@ -136,35 +143,40 @@ class Job:
 
     @contextlib.contextmanager
     def way(self, name: str):
-        """Ours or the usual attention, on the same weights, and autocast."""
-        for policy in filter(None, (self.policy, self.reference)):
-            text = "rarl" if name == "ours" else "sdpa"
-            policy.model.set_attn_implementation({"text_config": text, "vision_config": "sdpa"})
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            yield
+        """Our attention or transformers' own, on the same weights."""
+        for policy in filter(None, (self.policy, self.actor, self.reference)):
+            policy.model.set_attn_implementation(rarl.ATTENTION if name == "ours" else "sdpa")
+        yield
 
     def rollout(self, way: str) -> Tensor:
         if way == "ours":
-            return rarl.generate(self.policy, self.prompts, self.G, self.ids.shape[1]).ids
-        return usual_generate(self.policy, self.prompts, self.G, self.ids.shape[1])
+            return rarl.generate(self.actor, self.prompts, self.G, self.ids.shape[1]).ids
+        return usual_generate(self.actor, self.prompts, self.G, self.ids.shape[1])
 
     def update(self, way: str, reference: bool = False) -> list[Tensor]:
         """Gradients of the GRPO loss, added to .grad. -> log-probs, micro-batch by micro-batch"""
         logprobs = rarl.logprobs if way == "ours" else usual_logprobs
+        self.policy.train(self.policy.model.is_activation_checkpointing)  # it needs training mode; Qwen has no dropout
+        amp = torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         logps = []
         for b in range(0, len(self.prompts), self.micro):
             prompts, rows = self.prompts[b : b + self.micro], slice(b * self.G, (b + self.micro) * self.G)
-            mask, ref_logp = torch.ones_like(self.ids[rows], dtype=torch.bool), None
-            logp, _ = logprobs(self.policy, prompts, self.ids[rows], mask)
-            if reference:
-                with torch.no_grad():
-                    ref_logp, _ = logprobs(self.reference, prompts, self.ids[rows], mask)
+            ids, mask, ref_logp = self.ids[rows], torch.ones_like(self.ids[rows], dtype=torch.bool), None
+            with amp:
+                logp, _ = logprobs(self.policy, prompts, ids, mask)
+                if reference:
+                    with torch.no_grad():
+                        ref_logp, _ = logprobs(self.reference, prompts, ids, mask)
             loss, _ = grpo.grpo_loss(logp, None, ref_logp, self.advantages[rows], mask, denominator=len(self.ids))
             loss.backward()
             logps.append(logp.detach())
+        self.policy.eval()
         return logps
 
     def step(self, way: str) -> None:
+        if self.actor is not self.policy:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.actor.parameters()), list(self.policy.parameters()))
         self.rollout(way)  # the update then scores `ids`, not what was sampled: the same answers in both ways
         self.update(way, reference=self.reference is not None)
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -225,11 +237,11 @@ def peak_bytes(run, device: torch.device) -> int:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matmul, the best of five."""
+    """FLOP/s of a large square matmul, the best of twenty."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(20))
 
 
 def bandwidth(device: torch.device) -> float:
@@ -248,7 +260,7 @@ def update_flops(job: Job) -> float:
     """FLOPs of forward and backward that no implementation can avoid; see the docstring for the formula."""
     model, config = job.policy.model, job.policy.model.config
     text, vision = config.text_config, config.vision_config
-    B, (N, T) = len(job.prompts), job.ids.shape
+    N, T = job.ids.shape
     lengths = [len(p.ids) for p in job.prompts]
     layers = weights(model.model.language_model)
     forward = 2 * layers * (sum(lengths) + N * (T - 1)) + 2 * model.lm_head.weight.numel() * N * T
@@ -292,9 +304,9 @@ def check_equality(job: Job) -> dict:
     with torch.no_grad():
         few = job.prompts[: job.micro]
         with job.way("ours"):
-            rollout = rarl.generate(job.policy, few, job.G, job.ids.shape[1])
+            rollout = rarl.generate(job.actor, few, job.G, job.ids.shape[1])
         with job.way("usual"):
-            expected, _ = usual_logprobs(job.policy, few, rollout.ids, rollout.mask)
+            expected, _ = usual_logprobs(job.actor, few, rollout.ids, rollout.mask)
     equality["rollout_logp"] = (rollout.logp - expected).abs().max().item()
     job.optimizer.zero_grad(set_to_none=False)
     return equality
@@ -303,18 +315,15 @@ def check_equality(job: Job) -> dict:
 def measure(job: Job, parts, repeats: int) -> dict:
     """{part: {way: {median, min, max}, ratio}}; seconds, for memory bytes."""
     device, results = job.policy.device, {}
-    runs = {"rollout": job.rollout, "update": job.update, "step": job.step}
     for part in parts:
+        run, repeat = (job.update, 1) if part == "memory" else (getattr(job, part), 1 + repeats)  # 1 is the warm-up
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
-        for repeat in range(-1 if part != "memory" else 0, repeats if part != "memory" else 1):
+        for _ in range(repeat):
             for way in WAYS:
                 with job.way(way):
-                    if part == "memory":
-                        value = peak_bytes(lambda way=way: job.update(way), device)
-                    else:
-                        value = seconds(lambda way=way: runs[part](way), device)
-                if repeat >= 0:  # -1 is the warm-up
-                    samples[way].append(value)
+                    take = peak_bytes if part == "memory" else seconds
+                    samples[way].append(take(partial(run, way), device))
+        samples = {way: x[-repeats:] for way, x in samples.items()}
         results[part] = {
             way: {"median": statistics.median(x), "min": min(x), "max": max(x)} for way, x in samples.items()
         }
@@ -364,19 +373,27 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[rarl.Policy, s
         policy, what = rarl.load_policy(folder, device), str(args.model)
     policy.banned[policy.eos_id] = True  # every answer takes its full length
     if args.checkpoint:
-        policy.model.gradient_checkpointing_enable()
-        policy.model.train()  # transformers checkpoints in training mode only; Qwen has no dropout
+        policy.model.activation_checkpointing_enable()
     return policy, f"{what}, {sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters"
 
 
-def make_job(policy, reference, optimizer, args: argparse.Namespace, dtype: torch.dtype) -> Job:
+def cast(policy: rarl.Policy, dtype: torch.dtype) -> rarl.Policy:
+    """A copy whose weights, and nothing else, have another precision: rotary frequencies stay float32."""
+    policy = copy.deepcopy(policy).requires_grad_(False)
+    for p in policy.parameters():
+        p.data = p.data.to(dtype)
+    return policy
+
+
+def make_job(policy, actor, reference, optimizer, args: argparse.Namespace, dtype: torch.dtype) -> Job:
     rng = torch.Generator().manual_seed(args.seed)
     prompts = make_prompts(policy, args.prompts, args.images, args.pixels, args.seed)
     valid = (~policy.banned.cpu()).nonzero().flatten()
     ids = valid[torch.randint(len(valid), (args.prompts * args.group, args.tokens), generator=rng)]
     advantages = torch.randn(len(ids), generator=rng)
     micro = args.micro or args.prompts
-    return Job(policy, reference, optimizer, prompts, ids.to(policy.device), advantages.to(policy.device), micro, dtype)
+    ids, advantages = ids.to(policy.device), advantages.to(policy.device)
+    return Job(policy, actor, reference, optimizer, prompts, ids, advantages, micro, dtype)
 
 
 def shares(job: Job, results: dict, machine: dict) -> None:
@@ -395,19 +412,17 @@ def shares(job: Job, results: dict, machine: dict) -> None:
 
 
 def table(results: dict) -> str:
-    lines = [f"{'':9}{'ours':>27} {'usual':>27} {'ratio':>7}   answer tokens/s and share of what the machine can do"]
+    lines = [f"{'':9}{'ours':>27} {'usual':>27} {'ratio':>7}   answer tokens/s and shares: ours | usual"]
     for part, r in results.items():
-        unit, scale = ("MB", 1e6) if part == "memory" else ("s", 1.0)
-        cell = lambda x: f"{x['median'] / scale:.3f} ({x['min'] / scale:.3f}..{x['max'] / scale:.3f})"  # noqa: B023
+        both = lambda form, key, scale=1.0, r=r: " | ".join(form.format(r[way][key] / scale) for way in WAYS)
         if part == "memory":
-            cell = lambda x: f"{x['median'] / 1e6:.1f}"
-            note = "with weights and gradients {:.1f} | {:.1f} MB".format(*(r[w]["total"] / 1e6 for w in WAYS))
+            unit, cells = "MB", [f"{r[way]['median'] / 1e6:,.1f}" for way in WAYS]
+            notes = [both("{:,.1f}", "total", 1e6) + " MB with weights and gradients"]
         else:
-            note = "{:,.0f} | {:,.0f} tok/s".format(*(r[w]["tokens_per_second"] for w in WAYS))
-        for key, text in (("of_peak", "of peak"), ("of_bandwidth", "of bandwidth")):
-            if key in r["ours"]:
-                note += ", {:.0%} | {:.0%} {}".format(*(r[w][key] for w in WAYS), text)
-        lines.append(f"{part:7}{unit:>2}{cell(r['ours']):>27} {cell(r['usual']):>27} {r['ratio']:6.2f}x   {note}")
+            unit, cells = "s", ["{median:.3f} ({min:.3f}..{max:.3f})".format(**r[way]) for way in WAYS]
+            notes = [both("{:,.0f}", "tokens_per_second") + " tok/s"]
+        notes += [both("{:.1%}", key) + f" {key.replace('_', ' ')}" for key in SHARES if key in r["ours"]]
+        lines.append(f"{part:7}{unit:>2}{cells[0]:>27} {cells[1]:>27} {r['ratio']:6.2f}x   {', '.join(notes)}")
     return "\n".join(lines)
 
 
@@ -459,7 +474,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs"), help="folder of the sweep's picture, bench_<setting>.png")
     add("--json", type=Path, help="also write the results to this file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of computing; auto: bfloat16 on a GPU")
+    add(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of computing; auto: bfloat16 on a GPU"
+    )
     add("--seed", type=int, default=0, help="of images, texts, answers")
     args = parser.parse_args(argv)
     for name in ("prompts", "images", "pixels", "group", "tokens", "repeats"):
@@ -481,7 +498,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32")
     torch.manual_seed(args.seed)
     policy, what = load(args, device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if "step" in args.parts and args.beta > 0 else None
+    actor = policy if dtype == torch.float32 else cast(policy, dtype)
+    reference = cast(policy, torch.float32) if "step" in args.parts and args.beta > 0 else None
     # lr is tiny: a step must cost what it costs, and leave the weights (nearly) what they were.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
     machine = {
@@ -491,13 +509,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     if cuda:
         machine["bandwidth"] = bandwidth(device)
-    print(f"{what}; {machine['device']}, {str(dtype)[6:]}, matmul {machine['flops'] / 1e9:,.0f} GFLOP/s")
+    print(f"{what}; {machine['device']}, {str(dtype)[6:]}")
 
     runs, failed = [], False
     for value in args.values if args.sweep else [None]:
         if args.sweep:
             setattr(args, args.sweep, value)
-        job = make_job(policy, reference, optimizer, args, dtype)
+        job = make_job(policy, actor, reference, optimizer, args, dtype)
         tokens = [len(p.ids) for p in job.prompts]
         print(
             f"\n{args.prompts} prompts of {min(tokens)}..{max(tokens)} tokens ({args.images} images of {args.pixels}^2), "
@@ -507,11 +525,14 @@ def main(argv: list[str] | None = None) -> int:
         failed |= any(not x <= limit for x in equality.values())  # nan fails too
         print(
             "ours - usual: log-probs {logp:.1e}, of sampled answers {rollout_logp:.1e}, gradients {gradient:.1e} "
-            "(relative)".format(**equality) + f"; tolerance {limit:.0e}"
+            "(relative)".format(**equality)
+            + f"; tolerance {limit:.0e}"
         )
         results = measure(job, args.parts, args.repeats)
+        # Once more: at the start somebody else may have had the machine.
+        machine["flops"] = max(machine["flops"], matmul_peak(device, dtype))
         shares(job, results, machine)
-        print(table(results), flush=True)
+        print(table(results), f"matmul peak {machine['flops'] / 1e9:,.0f} GFLOP/s", sep="\n", flush=True)
         runs.append({args.sweep or "run": value, "prompt_tokens": tokens, "equality": equality, "results": results})
     if args.sweep:
         path = args.out / f"bench_{args.sweep}.png"

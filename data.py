@@ -179,9 +179,7 @@ def make_pools(items: list[Item], num_images: int, what: str = "--images") -> di
     return dict(pools)
 
 
-def make_samples(
-    items: list[Item], num_images: int, count: int, seed: int = 0, min_gap: float = 0.0
-) -> list[Sample]:
+def make_samples(items: list[Item], num_images: int, count: int, seed: int = 0, min_gap: float = 0.0) -> list[Sample]:
     """A fixed list of `count` samples to evaluate on: the same for the same arguments.
 
     With one image every item is used once, in a shuffled order (so at most len(items) samples).
@@ -204,9 +202,7 @@ class Sampler:
     min_gap   labels in a prompt differ by at least this where possible, in units of the label
     """
 
-    def __init__(
-        self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int, min_gap: float = 0.0
-    ):
+    def __init__(self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int, min_gap: float = 0.0):
         if not items:
             raise DataError("the training split is empty: check --data-root")
         self.items, self.images, self.batch_size, self.seed, self.min_gap = items, images, batch_size, seed, min_gap
@@ -417,13 +413,16 @@ def draw_dials(rng: random.Random) -> tuple[Image.Image, int]:
     return image.reduce(zoom), value
 
 
+DRAWN = {"dots": (DOTS, draw_dots, 1), "dials": (DIALS, draw_dials, 0)}  # task, drawing, lowest label
+
+
 def _drawn_image(draw: Callable, name: str) -> Image.Image:
     return draw(random.Random(name))[0]
 
 
 def drawn_item(dataset: str, name: str) -> Item:
     """The drawing whose seed is its name."""
-    task, draw, low = {"dots": (DOTS, draw_dots, 1), "dials": (DIALS, draw_dials, 0)}[dataset]
+    task, draw, low = DRAWN[dataset]
     # The label needs only the first number of the stream: nothing is drawn before it is shown.
     return Item(name, random.Random(name).randint(low, 20), task, partial(_drawn_image, draw, name))
 
@@ -499,19 +498,19 @@ def duplicates(splits: dict[str, list[Item]]) -> list[list[tuple[str, Path]]]:
     Only files of equal size are read. The same picture, saved anew or resized, is not found.
     """
     by_size: dict[int, set[tuple[str, Path]]] = defaultdict(set)
-    for split, items in splits.items():
-        for split_path in {(split, item.path) for item in items if item.path}:
-            by_size[split_path[1].stat().st_size].add(split_path)
+    for split, path in {(split, item.path) for split, items in splits.items() for item in items if item.path}:
+        by_size[path.stat().st_size].add((split, path))
     groups: dict[bytes, list[tuple[str, Path]]] = defaultdict(list)
-    for same_size in by_size.values():
-        if len({split for split, _ in same_size}) > 1:
-            for split, path in sorted(same_size):
+    for files in by_size.values():
+        if len({split for split, _ in files}) > 1:
+            for split, path in sorted(files):
                 groups[hashlib.sha256(path.read_bytes()).digest()].append((split, path))
     return [group for group in groups.values() if len({split for split, _ in group}) > 1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Readers: what a data set's files say. Each yields rows, unchecked; read_dataset checks them all alike
+# Readers: what a data set's files say. Each yields rows, unchecked; read_dataset checks them all alike. The root is what
+# the user named, a folder or (csv, jsonl, coco) a file; the folder is where the images are.
 
 
 class Row(NamedTuple):
@@ -537,6 +536,10 @@ class Row(NamedTuple):
     skip: str = ""
     bad: str = ""
 
+    def known_as(self) -> tuple[str, ...]:
+        """What a list file may call it."""
+        return self.key, self.path.name, self.path.stem
+
 
 SPLITS = ("train", "val", "test")
 
@@ -550,7 +553,8 @@ def _text(file: Path) -> str:
 
 def _image_files(root: Path) -> list[Path]:
     """All image files below a folder in the order of their names, less hidden ones (macOS leaves ._name.jpg behind)."""
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in ENDINGS)
+    walk = os.walk(root, followlinks=True)  # part folders may be links, which rglob passes over
+    files = sorted(Path(f, n) for f, _, names in walk for n in names if n.lower().endswith(ENDINGS))
     return [f for f in files if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
 
 
@@ -558,7 +562,7 @@ def _locate(folders: list[Path], name: str) -> Path:
     return next((f / name for f in folders if os.path.isfile(f / name)), folders[0] / name)
 
 
-def read_utkface(root: Path) -> Iterator[Row]:
+def read_utkface(root: Path, folder: Path) -> Iterator[Row]:
     """Age. UTKFace (Zhang, Song, Qi 2017): [age]_[gender]_[race]_[date].jpg or .jpg.chip.jpg, flat or in part folders.
 
     The real set holds a few names that lack a field; they are left out and counted.
@@ -573,7 +577,7 @@ def read_utkface(root: Path) -> Iterator[Row]:
             yield Row(str(path), fields[0], path, int(fields[1]), fields[0])
 
 
-def read_coco(root: Path) -> Iterator[Row]:
+def read_coco(root: Path, folder: Path) -> Iterator[Row]:
     """Counting. COCO (arXiv 1405.0312) or COCO-ReM (arXiv 2403.18819): annotations/instances_*.json beside the images.
 
     One task per category: the number of its instances in an image that has at least one, however they are outlined
@@ -582,42 +586,40 @@ def read_coco(root: Path) -> Iterator[Row]:
     With annotations of train and val, val becomes our test split (COCO's own test set has no public labels) and
     train is divided into train and val. The root may be one annotation file.
     """
+    files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
     if root.is_file():
-        files, root = [root], root.parent.parent if root.parent.name == "annotations" else root.parent
-    else:
-        files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
-    if not files:
+        files = [root]
+    elif not files:
         raise DataError(f"no annotations/instances_*.json under {root}: point --data-root at the COCO folder")
     both = all(any(part in file.stem for file in files) for part in ("train", "val"))
-    others = sorted(f for f in [*root.glob("*"), *root.glob("images/*")] if f.is_dir() and f.name != "annotations")
+    others = sorted(f for f in [*folder.glob("*"), *folder.glob("images/*")] if f.is_dir() and f.name != "annotations")
     annotated: dict[str, Path] = {}  # image -> the file that has it
     for file in files:
         year = file.stem.removeprefix("instances_")  # val2017
-        folders = [f for f in (root / year, root / "images" / year, root, *others) if f.is_dir()]
+        folders = [f for f in (folder / year, folder / "images" / year, folder, *others) if f.is_dir()]
         try:
             content = json.loads(_text(file))
             names = {c["id"]: c["name"] for c in content["categories"]}
             images = {i["id"]: str(i["file_name"]) for i in content["images"]}
-            annotations = [(a["image_id"], a["category_id"], a.get("iscrowd", 0)) for a in content["annotations"]]
-            counts = Counter((images[image], names[category]) for image, category, _ in annotations)
-            crowds = {(images[image], names[category]) for image, category, crowd in annotations if crowd}
-        except (ValueError, KeyError, TypeError) as error:
+            annotations = [a for a in content["annotations"] if a["image_id"] in images]
+            counts = Counter((a["image_id"], a["category_id"]) for a in annotations)
+            crowds = {(a["image_id"], a["category_id"]) for a in annotations if a.get("iscrowd")}
+            counted = [(images[i], names[c], n, (i, c) in crowds) for (i, c), n in sorted(counts.items())]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file} is not a COCO instances file ({type(error).__name__}: {error})") from None
         if twice := next((name for name in images.values() if annotated.setdefault(name, file) != file), None):
             raise DataError(f"{annotated[twice]} and {file} both annotate {twice}: point --data-root at one of the two")
         paths = {name: _locate(folders, name) for name in images.values()}
-        for (name, category), count in sorted(counts.items()):
+        for name, category, count, crowd in counted:
             split = None
-            if both and "val" in file.stem:
-                split = "test"
-            elif both:
-                split = "val" if hash_split(name) == "val" else "train"
-            crowd = "has a crowd of the category, so no known number" if (name, category) in crowds else ""
-            item = f"{year}/{name}/{category}"
-            yield Row(f"{file}, {name}, {category}", item, paths[name], count, name, category, split, crowd)
+            if both:
+                split = "test" if "val" in file.stem else "val" if hash_split(name) == "val" else "train"
+            skip = "has a crowd of the category, so no known number" if crowd else ""
+            where, item = f"{file}, {name}, {category}", f"{year}/{name}/{category}"
+            yield Row(where, item, paths[name], count, name, category, split, skip)
 
 
-def read_ava(root: Path) -> Iterator[Row]:
+def read_ava(root: Path, folder: Path) -> Iterator[Row]:
     """Aesthetics. AVA (Murray, Marchesotti, Perronnin 2012): AVA.txt and images/ID.jpg (or ID.jpg); label = mean vote.
 
     15 columns: index, image id, number of votes for each score from 1 to 10, two tags, challenge.
@@ -629,7 +631,7 @@ def read_ava(root: Path) -> Iterator[Row]:
     for number, line in enumerate(_text(file).splitlines(), start=1):
         where, fields = f"{file} line {number}", line.split()
         if len(fields) != 15 or not all(f.isdecimal() for f in fields):
-            yield Row(where, bad="is not 15 whole numbers: index, image id, ten vote counts, two tags, challenge")
+            yield Row(where, bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
             continue
         image, votes = fields[1], [int(f) for f in fields[2:12]]
         mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
@@ -650,15 +652,12 @@ def _table_row(where: str, fields: dict, folder: Path) -> Row:
     path, group = fields.get("path"), fields.get("group")
     if not isinstance(path, str) or not path.strip():
         return Row(where, bad="has no path")
-    # Without following links: what a file of data says must not leave its folder, what the user has linked there may.
-    full = Path(os.path.normpath(folder / path.strip()))
-    if not full.is_relative_to(folder):
-        return Row(where, bad=f"path {path} leads out of {folder}: move or link the images into it")
-    key, group = full.relative_to(folder).as_posix(), "" if group is None else str(group).strip()
+    full = folder / path.strip()
+    key, group = Path(os.path.relpath(full, folder)).as_posix(), "" if group is None else str(group).strip()
     return Row(where, f"{key}/{group}" if group else key, full, fields.get("label"), key, group, fields.get("split"))
 
 
-def read_csv(root: Path) -> Iterator[Row]:
+def read_csv(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: a file with the columns path (relative to the file), label, and if you like split and group.
 
     Comma-separated, UTF-8, with a header line. The root is the file or a folder with exactly one .csv (or labels.csv).
@@ -670,13 +669,13 @@ def read_csv(root: Path) -> Iterator[Row]:
             raise DataError(f"{file} must begin with a line path,label[,split][,group], not {reader.fieldnames}")
         for fields in reader:
             where = f"{file} line {reader.line_num}"
-            more = "has more columns than the first line: put a path with a comma in quotes"
-            yield Row(where, bad=more) if None in fields else _table_row(where, fields, file.parent)
+            more = "has more columns than the first line (put a path with a comma in quotes)"
+            yield Row(where, bad=more) if None in fields else _table_row(where, fields, folder)
     except csv.Error as error:
         raise DataError(f"{file} line {reader.line_num} is not CSV ({error})") from None
 
 
-def read_jsonl(root: Path) -> Iterator[Row]:
+def read_jsonl(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: one JSON object a line, {"path": "a.jpg", "label": 3.5}, and if you like "split" and "group"."""
     file = _table(root, ".jsonl")
     for number, line in enumerate(_text(file).split("\n"), start=1):
@@ -687,10 +686,10 @@ def read_jsonl(root: Path) -> Iterator[Row]:
             except (ValueError, RecursionError):
                 fields = None
             is_object = isinstance(fields, dict)
-            yield _table_row(where, fields, file.parent) if is_object else Row(where, bad="is not a JSON object")
+            yield _table_row(where, fields, folder) if is_object else Row(where, bad="is not a JSON object")
 
 
-def read_folder(root: Path) -> Iterator[Row]:
+def read_folder(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: one folder per label, ROOT/3.5/a.jpg, or ROOT/train/3.5/a.jpg with all of train, val, test."""
     for path in _image_files(root):
         key = path.relative_to(root)
@@ -707,7 +706,7 @@ def read_folder(root: Path) -> Iterator[Row]:
 # delta is about twice the error of a good model, so that a typical answer stands on the slope of R_reg, not on its top
 # or at its foot: UTKFace MAE 4-5 years; AVA's labels have a standard deviation of 0.7, a good model errs by 0.4.
 
-READERS: dict[str, tuple[Callable[[Path], Iterator[Row]], Task]] = {
+READERS: dict[str, tuple[Callable[[Path, Path], Iterator[Row]], Task]] = {
     "utkface": (
         read_utkface,
         Task("age", "How old is the person in the image, in years?", "from the youngest to the oldest", delta=10),
@@ -733,7 +732,7 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
     """The task of one group: `base`, with the user's question, order, delta, decimals where given (not None).
 
     {group}, {low} and {high} in a question or order stand for the group's name and its lowest and highest label.
-    Where the base leaves them open, delta is a quarter of the range of the labels (so that an answer in the middle
+    Where the base leaves them open, delta is a quarter of the range of all splits' labels (so that an answer in the middle
     earns something for the middle half of them) and decimals are what it takes to write them, at most 3.
     """
     given = {field: value for field, value in overrides.items() if value is not None}
@@ -752,7 +751,9 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
         if decimals < 0:
             decimals = next((d for d in range(3) if all(round(label, d) == label for label in labels)), 3)
         if delta == 0 and low == high:
-            raise DataError(f"all labels{f' of {group}' if group else ''} are {low:g}, so delta is unknown: set --delta")
+            raise DataError(
+                f"all labels {f'of {group} ' if group else ''}are {low:g}, so delta is unknown: set --delta"
+            )
         task = dataclasses.replace(task, decimals=decimals, delta=delta or float(f"{(high - low) / 4:.3g}"))
         words |= {"{low}": format_value(low, decimals), "{high}": format_value(high, decimals)}
     name = task.name if "{group}" in task.name or not group else f"{task.name} {{group}}"  # groups stay apart
@@ -793,8 +794,8 @@ def choose_split(row: Row, listed: dict[str, str]) -> str | None:
     """
     if not listed:
         return row.split or hash_split(row.key)
-    names = (row.key, row.path.name, row.path.stem)
-    return next((listed[n] for n in names if n in listed), None if "train" in listed.values() else "train")
+    unlisted = None if "train" in listed.values() else "train"
+    return next((listed[name] for name in row.known_as() if name in listed), unlisted)
 
 
 class LeftOut(NamedTuple):
@@ -803,8 +804,8 @@ class LeftOut(NamedTuple):
     bad: bool  # an error unless bad rows are to be skipped; else left out by the data set's own rules
 
 
-def _check(row: Row, names: dict[str, str], some_have_split: bool) -> str:
-    """What is wrong with a row, or ""."""
+def _check(row: Row, folder: Path, names: dict[str, str], some_have_split: bool) -> str:
+    """What is wrong with a row, or "". The particulars come after a colon, so that reasons can be counted."""
     if row.bad:
         return row.bad
     if row.label is None or not str(row.label).strip():
@@ -814,14 +815,15 @@ def _check(row: Row, names: dict[str, str], some_have_split: bool) -> str:
     except (ValueError, TypeError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        return f"label {str(row.label)[:50]!r} is not a finite number"
+        return f"the label is not a finite number: {str(row.label)[:50]!r}"
     if row.name in names:
-        return f"is listed twice, first at {names[row.name]}"
+        return f"is listed twice, and first at: {names[row.name]}"
     if some_have_split and row.split not in SPLITS:
-        return f"split {row.split!r} is none of train, val, test"
-    if not os.path.isfile(row.path):
-        return f"image file {row.path} does not exist"
-    return ""
+        return f"the split is none of train, val, test: {row.split!r}"
+    # Without following links: what a data set says must not lead out of its folder; what the user linked there may.
+    if not Path(os.path.normpath(row.path)).is_relative_to(folder):
+        return f"the path leads out of {folder}, move or link the images into it: {row.path}"
+    return "" if os.path.isfile(row.path) else f"the image file does not exist: {row.path}"
 
 
 def read_dataset(
@@ -844,56 +846,64 @@ def read_dataset(
     if not root.is_dir() and not (root.is_file() and name in ("coco", "csv", "jsonl")):
         raise DataError(f"--data-root {root} is not a folder")
     reader, base = READERS[name]
-    rows, left_out, names = [], [], {}
-    found = list(reader(root))
+    folder = root if root.is_dir() else root.parent
+    if name == "coco" and folder.name == "annotations":
+        folder = folder.parent
+    found = list(reader(root, folder))
+    listed = read_lists(folder)
     some_have_split = any(row.split for row in found)
+    rows: list[tuple[Row, str]] = []
+    left_out: list[LeftOut] = []
+    names: dict[str, str] = {}
+    labels: dict[str, list[float]] = defaultdict(list)  # of each group, all splits
     for row in found:
         if row.skip:
             left_out.append(LeftOut(row.skip, row.where, False))
-        elif wrong := _check(row, names, some_have_split):
+        elif wrong := _check(row, folder, names, some_have_split):
             if not skip_bad:
                 raise DataError(f"{row.where}: {wrong} (correct it or take it out; --skip-bad leaves out all such)")
             left_out.append(LeftOut(wrong, row.where, True))
-        else:
-            rows.append(row)
+        elif split := choose_split(row, listed):
+            rows.append((row, split))
             names[row.name] = row.where
-
-    listed = read_lists(root if root.is_dir() else root.parent)
-    splits = [choose_split(row, listed) for row in rows]
-    unlisted = [LeftOut("stands in no list file", row.where, False) for row, s in zip(rows, splits, strict=True) if not s]
-    if rows and listed and not {n for row in rows for n in (row.key, row.path.name, row.path.stem)} & set(listed):
-        raise DataError(f"no image of {root} is named in its train.txt, val.txt or test.txt: one name or id a line")
-    labels: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        labels[row.group].append(float(row.label))
+            labels[row.group].append(float(row.label))  # type: ignore[arg-type]
+        else:
+            left_out.append(LeftOut("stands in no list file", row.where, False))
+    if listed and not any(name in listed for row in found for name in row.known_as()):
+        raise DataError(f"no image of {root} is in its train.txt, val.txt or test.txt: they hold one name or id a line")
     tasks = {group: make_task(base, overrides, group, values) for group, values in labels.items()}
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for row, split in zip(rows, splits, strict=True):
-        if split:
-            image = partial(open_image, row.path)
-            items[split].append(Item(row.name, float(row.label), tasks[row.group], image, row.path))
-    return items, left_out + unlisted
+    for row, split in rows:
+        path = Path(os.path.normpath(row.path))
+        image = partial(open_image, path)
+        items[split].append(Item(row.name, float(row.label), tasks[row.group], image, path))  # type: ignore[arg-type]
+    return items, left_out
 
 
 def load_splits(
     name: str, root: str | Path | None, splits: tuple[str, ...], task_overrides: dict | None = None,
     skip_bad: bool = False,
 ) -> list[list[Item]]:  # fmt: skip
-    """The items of several splits, reading the data set's files once. Like `load_dataset` otherwise."""
+    """The items of several splits, with the data set's files read once; see `load_dataset`."""
     for split in splits:
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: choose train, val or test")
     items, left_out = read_dataset(name, root, task_overrides, skip_bad)
     if skip_bad:
-        wrong = unreadable([item for split in splits for item in items[split]])
-        left_out += [LeftOut("cannot be opened", text, True) for text in wrong.values()]
-        items = {split: [item for item in items[split] if item.path not in wrong] for split in splits}
+        items, refused = _openable({split: items[split] for split in splits})
+        left_out += refused
     if left_out:
-        print(f"{name}: left out {format_left_out(left_out)}", file=sys.stderr)
+        print(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)", file=sys.stderr)
     for split in splits:
         if not items[split]:
             raise DataError(f"the {split} split of {name} under {root} is empty ({len(left_out)} left out): add images")
     return [items[split] for split in splits]
+
+
+def _openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:
+    wrong = unreadable([item for split in items.values() for item in split])
+    good = {split: [item for item in some if item.path not in wrong] for split, some in items.items()}
+    return good, [LeftOut("image cannot be used", text, True) for text in wrong.values()]
 
 
 def load_dataset(
@@ -923,12 +933,12 @@ def format_left_out(left_out: list[LeftOut], examples: int = 3) -> str:
     lines = [str(len(left_out))]
     places: dict[str, list[str]] = defaultdict(list)
     for why, where, bad in left_out:
-        # What differs from row to row (a label, a path) makes no reason of its own.
-        reason = re.sub(r"^(label|split) .* is ", r"\1 is ", re.sub(r" (file|at|path) \S.*?(?= does| leads|$)", "", why))
-        places[f"{reason} [bad: --skip-bad needed to train]" if bad else reason].append(where)
+        reason, _, particulars = why.partition(": ")
+        reason += " [needs --skip-bad]" if bad else ""
+        places[reason].append(f"{where}: {particulars}" if particulars else where)
     for reason, found in places.items():
-        more = [f"      and {len(found) - examples} more"] if len(found) > examples else []
-        lines += [f"  {len(found)} x {reason}", *(f"      {where}" for where in found[:examples]), *more]
+        more = [f"      and {len(found) - examples} more"] if len(found) > examples > 0 else []
+        lines += [f"  {len(found)} x {reason}", *(f"      {place}" for place in found[:examples]), *more]
     return "\n".join(lines)
 
 
@@ -946,46 +956,38 @@ def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> st
 
 
 def draw_sheet(samples: list[Sample], path: Path) -> None:
-    """A picture of samples, each with its images, the prompt's text and the reference answer (PNG or as `path` ends)."""
-    thumb, gap, font = 190, 10, ImageFont.load_default(size=14)
-    width, across, line = 4 * (thumb + gap) + 3 * gap, 4, 20
-    blocks = []
+    """A picture of samples (up to 4 images each): the images, the prompt's text, the reference answer."""
+    side, gap, line, font = 190, 10, 20, ImageFont.load_default(size=14)
+    canvas = Image.new("RGB", (4 * (side + gap) + 3 * gap, len(samples) * (side + 9 * line)), "white")
+    pen, y = ImageDraw.Draw(canvas), gap
     for sample in samples:
-        texts = [question_text(sample.task, len(sample.items)), reference_answer(sample)]
-        blocks.append([textwrap.wrap(t.encode("latin-1", "backslashreplace").decode("latin-1"), 108) for t in texts])
-    heights = [
-        -(-len(sample.items) // across) * (thumb + line + gap) + line * sum(map(len, texts)) + 3 * gap
-        for sample, texts in zip(samples, blocks, strict=True)
-    ]
-    canvas = Image.new("RGB", (width, sum(heights) + gap), "white")
-    pen, top = ImageDraw.Draw(canvas), gap
-    for sample, texts, height in zip(samples, blocks, heights, strict=True):
         for i, item in enumerate(sample.items):
-            x, y = 2 * gap + i % across * (thumb + gap), top + i // across * (thumb + line + gap)
-            pen.text((x, y), f"Image {i + 1}:", fill="#1f2328", font=font)
-            canvas.paste(ImageOps.contain(item.image(), (thumb, thumb)), (x, y + line))
-        y = top + -(-len(sample.items) // across) * (thumb + line + gap)
-        for lines, colour in zip(texts, ("#1f2328", "#1a7f37"), strict=True):
-            for text in lines:
-                pen.text((2 * gap, y), text, fill=colour, font=font)
+            x = 2 * gap + i * (side + gap)
+            pen.text((x, y), f"Image {i + 1}:", fill="black", font=font)
+            canvas.paste(ImageOps.contain(item.image(), (side, side)), (x, y + line))
+        y += line + side + gap
+        prompt = question_text(sample.task, len(sample.items))
+        for text, colour in ((prompt, "black"), (reference_answer(sample), "green")):
+            # The built-in font knows no more than Latin letters.
+            for part in textwrap.wrap(text.encode("latin-1", "backslashreplace").decode("latin-1"), 116):
+                pen.text((2 * gap, y), part, fill=colour, font=font)
                 y += line
-        top += height
-        pen.line((0, top - gap, width, top - gap), fill="#d0d7de")
-    canvas.save(path)
+        y += 2 * gap
+    canvas.crop((0, 0, canvas.width, y)).save(path)
 
 
 def inspect(name: str, root: Path | None, out: Path, overrides: dict, min_gap: float = 0.0, seed: int = 0) -> None:
     """Print what a data set holds and what is wrong with it, and draw a sheet of its samples. Opens every image."""
     splits, left_out = read_dataset(name, root, overrides, skip_bad=True)
-    wrong = unreadable([item for items in splits.values() for item in items])
-    left_out += [LeftOut("cannot be opened", text, True) for text in wrong.values()]
-    splits = {split: [item for item in items if item.path not in wrong] for split, items in splits.items()}
+    splits, refused = _openable(splits)
+    left_out += refused
     everything = [item for items in splits.values() for item in items]
-    print(f"{name}{f' under {root}' if root else ''}: {len(everything)} labelled images")
+    print(f"{name}{f' under {root}' if root else ''}: {len(everything)} labels")
     print("\nsplits      " + ", ".join(f"{split} {len(items)}" for split, items in splits.items()))
     print(f"left out    {format_left_out(left_out)}")
     twice = duplicates(splits)
-    print(f"duplicates  {len(twice)} files stand in more than one split" + (": take them out of train" if twice else ""))
+    advice = ": take them out of train" if twice else ""
+    print(f"duplicates  {len(twice)} files stand in more than one split{advice}")
     for group in twice[:5]:
         print("      " + " = ".join(f"{split} {path}" for split, path in group))
     if not everything:
@@ -994,7 +996,7 @@ def inspect(name: str, root: Path | None, out: Path, overrides: dict, min_gap: f
     print(f"\ntasks       {len(pools)}")
     for task, items in sorted(pools.items(), key=lambda pool: -len(pool[1])):
         low, high = (format_value(f(i.label for i in items), task.decimals) for f in (min, max))
-        print(f"  {len(items):7d} {task.name}, {low} to {high}, delta {task.delta:g}: {task.question}")
+        print(f"  {len(items):7d} {task.name}, {low} to {high}, delta {task.delta:g}")
     print(f"\nlabels\n{format_histogram([item.label for item in everything])}")
     shown = splits["train"] or everything
     most = max(len(pool) for pool in make_pools(shown, 1).values())

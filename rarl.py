@@ -18,12 +18,14 @@ A prompt is any object with `.ids (P,)`, `.pixels (S, 1176)`, `.grid (n, 3)`, se
 """
 
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -45,6 +47,7 @@ class Policy(nn.Module):
     def __init__(self, model, tokenizer, image_processor):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        model.set_attn_implementation(ATTENTION)
         self.eos_id: int = tokenizer.eos_token_id
         # Never sampled: every special token but EOS (image, vision, padding, chat marks), and the rows beyond the
         # tokenizer that pad the embedding matrix. None of them belongs in an answer; invisible in decoded text, they
@@ -85,12 +88,7 @@ def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation={"text_config": "rarl", "vision_config": "sdpa"},
-        )
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from None
     return Policy(model.to(device).eval(), tokenizer, image_processor)
@@ -156,11 +154,15 @@ class PromptInputs:
     next: Tensor
 
 
-def prompt_inputs(policy: Policy, prompts) -> PromptInputs:
-    """Token embeddings with the images' features in their places. One pass of the vision tower for all images."""
+def prompt_inputs(policy: Policy, prompts, multiple: int = 1) -> PromptInputs:
+    """Token embeddings with the images' features in their places. One pass of the vision tower for all images.
+
+    multiple  pad to a multiple of this many tokens, where few different shapes are wanted
+    """
     model, config, device = policy.model.model, policy.model.config, policy.device
     lengths = torch.tensor([len(p.ids) for p in prompts])
     ids = torch.nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=policy.eos_id)
+    ids = F.pad(ids, (0, -ids.shape[1] % multiple), value=policy.eos_id)
     positions = torch.zeros(3, *ids.shape, dtype=torch.long)
     merge = config.vision_config.spatial_merge_size
     for b, p in enumerate(prompts):
@@ -238,10 +240,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
-def group_attention(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+def group_attention(
+    q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor, own_bias
+) -> Tensor:
     """Attention of one new token of each answer to the shared prompt and to its own past, under one softmax.
 
-    q (B, G, H, D)   prompt: two (B, K, P, D)   own: two (B, G, K, t, D)   ->  (B, G, H*D)
+    q (B, G, H, D)   prompt: two (B, K, P, D)   own: two (B, G, K, t, D)   own_bias (t,) or 0   ->  (B, G, H*D)
     """
     B, G, H, D = q.shape
     K, t = own[0].shape[2:4]
@@ -249,7 +253,7 @@ def group_attention(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor,
     q = q.view(B, G, K, R, D) * D**-0.5
     q_prompt = q.transpose(1, 2).reshape(B, K, G * R, D)  # all queries of a group against one copy of the prompt
     s_prompt = (q_prompt @ prompt[0].transpose(-1, -2)).float() + bias  # (B, K, G*R, P)
-    s_own = (q @ own[0].transpose(-1, -2)).float()  # (B, G, K, R, t)
+    s_own = (q @ own[0].transpose(-1, -2)).float() + own_bias  # (B, G, K, R, t)
     s_own = s_own.transpose(1, 2).reshape(B, K, G * R, t)
     w_prompt, w_own = torch.cat([s_prompt, s_own], -1).softmax(-1).to(q.dtype).split([s_prompt.shape[-1], t], -1)
     out_prompt = (w_prompt @ prompt[1]).view(B, K, G, R, D).transpose(1, 2)  # (B, G, K, R, D)
@@ -259,7 +263,7 @@ def group_attention(q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor,
 
 def prefill(policy: Policy, prompts, group_size: int, length: int) -> tuple[Cache, Tensor]:
     """Encode the prompts once. -> the cache, with room for `length` tokens of each answer; (B, C) last hidden state."""
-    inputs = prompt_inputs(policy, prompts)
+    inputs = prompt_inputs(policy, prompts, 64 if policy.device.type in STATIC else 1)
     B, P, _ = inputs.embeds.shape
     language = policy.model.model.language_model
     past = DynamicCache(config=policy.model.config.text_config)
@@ -272,28 +276,91 @@ def prefill(policy: Policy, prompts, group_size: int, length: int) -> tuple[Cach
     ).last_hidden_state  # (B, P, C)
     last = hidden[torch.arange(B, device=hidden.device), inputs.lengths - 1]
     prompt = [(layer.keys, layer.values) for layer in past.layers]  # keys are already rotated
-    own = [tuple(k.new_empty(B, group_size, k.shape[1], length, k.shape[3]) for k in layer) for layer in prompt]
+    own = [tuple(k.new_zeros(B, group_size, k.shape[1], length, k.shape[3]) for k in layer) for layer in prompt]
     padding = torch.arange(P, device=hidden.device) >= inputs.lengths[:, None]  # (B, P)
     bias = torch.zeros(B, 1, 1, P, device=hidden.device).masked_fill(padding[:, None, None], -torch.inf)
     rotary = language.rotary_emb(hidden, answer_positions(inputs, length))
     return Cache(prompt, own, bias, rotary), last
 
 
-def decode_step(policy: Policy, cache: Cache, tokens: Tensor, t: int) -> Tensor:
-    """Push token t of every answer through the backbone's own modules. tokens (B, G) -> hidden (B, G, C)."""
+def decode_step(policy: Policy, cache: Cache, tokens: Tensor, t: int | Tensor) -> Tensor:
+    """Push token t of every answer through the backbone's own modules. tokens (B, G) -> hidden (B, G, C).
+
+    t  an int: attend to the t + 1 tokens that an answer has. A (1,) tensor: attend to all T places, the empty ones
+       masked, so that shapes and addresses are the same for all t, and a CUDA graph can be replayed.
+    """
     language = policy.model.model.language_model
-    cos, sin = (x[:, t, None, None] for x in cache.rotary)  # (B, 1, 1, D)
+    T = cache.own[0][0].shape[3]
+    place = t if isinstance(t, Tensor) else torch.tensor([t], device=tokens.device)
+    reach, own_bias = t, 0.0
+    if isinstance(t, Tensor):
+        reach, own_bias = T - 1, torch.where(torch.arange(T, device=t.device) > t, -torch.inf, 0.0)
+    cos, sin = (x.index_select(1, place)[:, :, None] for x in cache.rotary)  # (B, 1, 1, D)
     x = language.embed_tokens(tokens)  # (B, G, C)
     for layer, prompt, (keys, values) in zip(language.layers, cache.prompt, cache.own, strict=True):
         h = layer.input_layernorm(x)
         attention, D = layer.self_attn, keys.shape[-1]
-        q = rotate(attention.q_proj(h).unflatten(-1, (-1, D)), cos, sin)  # (B, G, H, D)
-        keys[:, :, :, t] = rotate(attention.k_proj(h).unflatten(-1, (-1, D)), cos, sin)  # (B, G, K, D)
-        values[:, :, :, t] = attention.v_proj(h).unflatten(-1, (-1, D))
-        past = keys[:, :, :, : t + 1], values[:, :, :, : t + 1]
-        x = x + attention.o_proj(group_attention(q, prompt, past, cache.bias))
+        heads = lambda x, D=D: x.unflatten(-1, (-1, D))  # (B, G, C) -> (B, G, heads, D)
+        q = rotate(heads(attention.q_proj(h)), cos, sin)
+        keys.index_copy_(3, place, rotate(heads(attention.k_proj(h)), cos, sin).unsqueeze(3))
+        values.index_copy_(3, place, heads(attention.v_proj(h)).unsqueeze(3))
+        past = keys[:, :, :, : reach + 1], values[:, :, :, : reach + 1]
+        x = x + attention.o_proj(group_attention(q, prompt, past, cache.bias, own_bias))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return language.norm(x)
+
+
+STATIC = {"cuda"}  # kinds of device on which decoding has static shapes, so that its steps can be recorded
+
+
+class RecordedDecoder:
+    """`decode_step` for one shape of cache, recorded once as a CUDA graph: a thousand kernel launches become one.
+
+    It owns the buffers that the graph reads and writes; each rollout of that shape copies its prompts into them. The
+    weights may change between rollouts (in place), the addresses may not. Without CUDA it just calls the function.
+    """
+
+    def __init__(self, policy: Policy, cache: Cache, tokens: Tensor):
+        clone = lambda pairs: [tuple(x.clone() for x in pair) for pair in pairs]
+        self.cache = Cache(clone(cache.prompt), clone(cache.own), cache.bias.clone(), clone([cache.rotary])[0])
+        self.tokens, self.t = tokens.clone(), torch.zeros(1, dtype=torch.long, device=tokens.device)
+        self.run = lambda: decode_step(policy, self.cache, self.tokens, self.t)
+        if tokens.is_cuda:
+            stream = torch.cuda.Stream()  # warm-up, as recording must not meet a library's first-time allocations
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                hidden = self.run()
+            self.run = lambda: (graph.replay(), hidden)[1]
+
+    def begin(self, cache: Cache) -> None:
+        for ours, theirs in zip(self.cache.prompt + [self.cache.rotary], cache.prompt + [cache.rotary], strict=True):
+            ours[0].copy_(theirs[0]), ours[1].copy_(theirs[1])
+        self.cache.bias.copy_(cache.bias)
+
+    def step(self, tokens: Tensor, t: int) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.t.fill_(t)
+        return self.run()
+
+
+_RECORDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> {shape: decoder}
+
+
+def recorded_decoder(policy: Policy, cache: Cache, tokens: Tensor) -> RecordedDecoder:
+    """The decoder for this shape, recorded at its first use. The four latest shapes are kept, for their memory."""
+    decoders = _RECORDED.setdefault(policy, {})
+    shape = (*cache.prompt[0][0].shape, *cache.own[0][0].shape)
+    decoder = decoders.pop(shape, None) or RecordedDecoder(policy, cache, tokens)
+    decoders[shape] = decoder  # now the latest
+    if len(decoders) > 4:
+        del decoders[next(iter(decoders))]
+    decoder.begin(cache)
+    return decoder
 
 
 @torch.no_grad()
@@ -336,6 +403,7 @@ def generate(
     rows = torch.arange(B, device=device)
     columns = torch.arange(G, device=device).expand(B, G)
     alive = torch.ones(B, G, dtype=torch.bool, device=device)
+    static, decoder = device.type in STATIC, None
     for t in range(max_new_tokens):
         logps = sampling_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # (B', G', V)
         if temperature == 0:
@@ -350,7 +418,17 @@ def generate(
         ids[place], mask[place] = token, alive
         logp[place] = torch.where(alive, logps.gather(-1, token.unsqueeze(-1)).squeeze(-1), 0.0)
         alive = alive & (token != policy.eos_id)  # the EOS itself was still the answer's
-        if t + 1 == max_new_tokens or not alive.any():
+        if t + 1 == max_new_tokens:
+            break
+        if static:
+            # Asking whether all are done makes the CPU wait for the GPU, so ask now and then. Rows that are done go
+            # on to be computed, unheard: dropping them would change the shapes.
+            if t % 16 == 15 and not alive.any():
+                break
+            decoder = decoder or recorded_decoder(policy, cache, token)
+            hidden = decoder.step(token, t)
+            continue
+        if not alive.any():
             break
         # Answers that are done are dropped once a quarter of the rectangle would go: copying the cache costs too.
         open_prompts, width = alive.any(1), int(alive.sum(1).max())
@@ -410,8 +488,30 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     return out.transpose(1, 2), None
 
 
+def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """Attention within each window (or image) of the vision tower: query, key, value (1, H, S, D) -> (1, S, H, D), None
+
+    cu_seq_lens_q (W+1,) are the windows' bounds. transformers' default calls attention once per window, thousands of
+    times for a batch of photographs; here windows of one length share a call, and a GPU takes them all in one.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, D)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        bounds, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)[None], None
+    out = torch.empty_like(q)
+    start, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    for length in lengths.unique():
+        tokens = start[lengths == length, None] + torch.arange(int(length), device=q.device)  # (windows, length)
+        windows = (x[tokens].transpose(1, 2) for x in (q, k, v))  # (windows, H, length, D)
+        out[tokens] = F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2)
+    return out[None], None
+
+
 AttentionInterface.register("rarl", packed_attention)
 AttentionMaskInterface.register("rarl", sdpa_mask)
+# transformers hands the windows' bounds over only to attentions with "flash" in their name.
+AttentionInterface.register("rarl_flash_windows", window_attention)
+ATTENTION = {"text_config": "rarl", "vision_config": "rarl_flash_windows"}
 
 HEAD_ELEMENTS = 2**26  # logits held at once: 256 MB in float32
 

@@ -108,7 +108,6 @@ def build_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         tie_word_embeddings=True,
     )  # fmt: skip
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.set_attn_implementation({"text_config": "rarl", "vision_config": "sdpa"})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -156,7 +155,7 @@ def teach_eyes(policy: rarl.Policy, steps: int, batch_size: int = 64, lr: float 
 
 
 def bad_teacher(sample: data.Sample, rng: random.Random) -> str:
-    """An answer in perfect format with coarse, noisy values, in an order that is right half of the time at most."""
+    """An answer in perfect format with coarse, noisy values; every other list is in no order at all."""
 
     def said(label: float) -> int:
         coarse = min(5 * (int(label) // 5) + 3, 18)  # 3, 8, 13, 18
@@ -165,38 +164,40 @@ def bad_teacher(sample: data.Sample, rng: random.Random) -> str:
     entries = [(said(label), i) for i, label in enumerate(sample.labels, start=1)]
     if rng.random() < 0.5:
         entries.sort()
+    else:
+        rng.shuffle(entries)
     return "[" + ", ".join(f'{{"image_id": {i}, "value": {v}}}' for v, i in entries) + "]"
 
 
-def teach_mouth(policy: rarl.Policy, steps: int, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """Imitation: cross-entropy of the bad teacher's answers, by the same packed forward that RL uses (G = 1)."""
-    eyes = {id(p) for p in policy.model.model.visual.parameters()}
-    rest = [p for p in policy.parameters() if id(p) not in eyes]
-    optimizer, schedule = optimizer_and_schedule(
-        [{"params": rest, "lr": lr}, {"params": policy.model.model.visual.parameters(), "lr": lr / 10}], steps
-    )
+def teach_mouth(policy: rarl.Policy, steps: int, answers: int = 4, lr: float = 2e-3) -> None:
+    """Imitation: cross-entropy of several bad answers to each prompt, by the same packed forward that RL uses."""
+    policy.model.model.visual.requires_grad_(False)  # the eyes stay as they are
+    language = [p for p in policy.parameters() if p.requires_grad]
+    optimizer, schedule = optimizer_and_schedule([{"params": language, "lr": lr}], steps)
     progress = tqdm(range(steps), desc="mouth", mininterval=5)
+    nlls: dict[int, float] = {}
     for step in progress:
         rng = random.Random(f"mouth {step}")
-        n = rng.choice(IMAGES)
-        prompts_in_batch = max(4, batch_size // n)
-        pools = {
-            items[0].task: items
-            for items in (fresh_items(name, rng.randrange(10**9), 8 * batch_size) for name in ("dots", "dials"))
-        }
-        samples = [data.draw_sample(pools, n, rng) for _ in range(prompts_in_batch)]
-        rows = rarl.encode(policy, [bad_teacher(s, rng) for s in samples])
+        n = IMAGES[step % len(IMAGES)]
+        pools = {}
+        for name in ("dots", "dials"):
+            items = fresh_items(name, rng.randrange(10**9), 160)
+            pools[items[0].task] = items
+        samples = [data.draw_sample(pools, n, rng) for _ in range(max(6, 32 // n))]
+        rows = rarl.encode(policy, [bad_teacher(s, rng) for s in samples for _ in range(answers)])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=policy.eos_id)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
         logp, _ = rarl.logprobs(policy, data.make_prompts(policy, samples), ids, mask)
         loss = -logp.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(language, 1.0)
         optimizer.step()
         schedule.step()
+        nlls[n] = 0.9 * nlls.get(n, loss.item()) + 0.1 * loss.item()
         if step % 25 == 0:
-            progress.set_postfix(nll=f"{loss.item():.3f}")
+            progress.set_postfix({f"nll@{n}": f"{x:.4f}" for n, x in nlls.items()})
+    policy.requires_grad_(True)
 
 
 def build_policy(seed: int = 0) -> rarl.Policy:

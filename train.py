@@ -94,10 +94,10 @@ class Settings:
         None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
     )
     resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
-    seed: int = setting(0, "of the batches, the sampled answers and RMO")
+    seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
     # How much
-    steps1: int = setting(200, "rollouts of stage 1 (regression, one image)")
-    steps2: int = setting(120, "rollouts of stage 2 (joint, several images)")
+    steps1: int = setting(200, "rollouts of stage 1 (regression, one image); 0 skips the stage")
+    steps2: int = setting(120, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting((2, 4, 8), "numbers of images in a prompt of stage 2 [paper: up to 8]")
@@ -117,9 +117,9 @@ class Settings:
     # GRPO
     lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
     warmup: int = setting(5, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
-    weight_decay: float = setting(0.0, "of AdamW")
+    weight_decay: float = setting(0.0, "weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    temperature: float = setting(1.0, "of sampling; the update scores the same distribution")
+    temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
     beta: float = setting(
         0.02, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
     )
@@ -170,7 +170,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
-    at_least_1 = ("steps1", "steps2", "batch_size", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
+    at_least_1 = ("batch_size", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature")
     rules = [
@@ -178,6 +178,8 @@ def check_settings(s: Settings) -> None:
         *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
         *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in positive),
         ("group_size", s.group_size >= 2, "must be at least 2: a group of one has no spread, so no advantage"),
+        ("steps1", s.steps1 >= (s.stage == 1), "must not be negative, and not 0 with --stage 1"),
+        ("steps2", s.steps2 >= (s.stage == 2), "must not be negative, and not 0 with --stage 2"),
         ("images", all(n >= 1 for n in s.images), "must be numbers of images, each at least 1"),
         ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
         ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
@@ -255,7 +257,7 @@ class Learner:
             self.actor = copy.deepcopy(policy).requires_grad_(False).to(torch.bfloat16 if cuda else torch.float32)
             self.actor.to(world.device)
         if s.activation_checkpointing:
-            policy.model.gradient_checkpointing_enable()
+            policy.model.activation_checkpointing_enable()
             policy.train()  # transformers checkpoints in training mode only; there is no dropout that it could switch on
         self.shard(policy)
         self.reference: rarl.Policy | None = None
@@ -768,18 +770,32 @@ class Steps(torch.utils.data.Dataset):
             yield samples, prompts
 
 
-def train_stage(
-    stage: int, learner: Learner, items: list[data.Item], out: Path, resume_from: str | None, stop: Stop
-) -> None:
-    """Run one stage. Stage 1: one image, regression. Stage 2: several images, everything."""
-    s, world = learner.settings, learner.world
+@dataclass
+class Plan:
+    """A stage before it starts: all that follows from the settings and the data."""
+
+    stage: int
+    steps: int
+    sampler: data.Sampler
+    weights: Weights
+    budget: int  # tokens that an answer may take
+
+
+def make_plan(stage: int, policy: rarl.Policy, items: list[data.Item], s: Settings) -> Plan:
+    """Stage 1: one image, regression. Stage 2: several images, everything. Every prompt of the stage is checked."""
     steps, images = (s.steps1, (1,)) if stage == 1 else (s.steps2, s.images)
     weights = Weights(s.w_reg, s.w_rank if stage == 2 else 0.0, s.w_format)
     sampler = data.Sampler(items, images, s.batch_size, seed=seed_of(s.seed, stage))
     samples = [sample for step in range(steps) for sample in sampler.batch(step)]
-    budget = s.max_new_tokens or data.answer_budget(learner.actor, samples)
-    preflight(learner.actor, samples, weights, budget)
+    budget = s.max_new_tokens or data.answer_budget(policy, samples)
+    preflight(policy, samples, weights, budget)
+    return Plan(stage, steps, sampler, weights, budget)
 
+
+def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None, stop: Stop) -> None:
+    """Run one stage: the loop of the method, and around it what keeps days of work safe."""
+    s, world = learner.settings, learner.world
+    stage, steps, weights = plan.stage, plan.steps, plan.weights
     checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
     optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     learner.set_reference()  # before a checkpoint is loaded: the policy as the stage began
@@ -797,12 +813,12 @@ def train_stage(
     )
     with metrics, progress:
         for step, (samples, prompts) in zip(
-            progress, Steps(sampler, learner.actor, world).ahead(first, steps, s.workers), strict=True
+            progress, Steps(plan.sampler, learner.actor, world).ahead(first, steps, s.workers), strict=True
         ):
             start = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * learning_rate(step, steps, s.warmup)
-            batch, facts, memories = collect(learner, samples, prompts, weights, budget, (stage, step), best)
+            batch, facts, memories = collect(learner, samples, prompts, weights, plan.budget, (stage, step), best)
             log = update(learner, optimizer, batch)
             learner.sync_actor()
             everywhere = world.gather((facts, memories, stop.signal))
@@ -978,8 +994,11 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
         )
     train_items, test_items = load_items(s, "train"), load_items(s, "test")
     at = int(checkpoint[0]) if checkpoint else stages[0]  # the stage to begin with
-    start = out / "stage1" if at == 2 else HERE / "tiny" if s.model == "tiny" else s.model
+    begun = at == 2 and (s.stage == 2 or s.steps1 > 0)  # stage 1 is done
+    start = out / "stage1" if begun else HERE / "tiny" if s.model == "tiny" else s.model
     policy = rarl.load_policy(start)
+    lengths = {1: s.steps1, 2: s.steps2}
+    plans = [make_plan(stage, policy, train_items, s) for stage in range(at, stages[-1] + 1) if lengths[stage]]
     results = open_run(out, s, checkpoint, checkpoints) if world.main else {}
     learner = Learner(policy, world, s)
     stop = Stop()
@@ -992,13 +1011,13 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
             beside.write_text(json.dumps(finite(results), indent=2) + "\n")
             beside.rename(out / "results.json")
 
-    begun_with = "stage 1" if at == 2 else "base"
+    begun_with = "stage 1" if begun else "base"
     if begun_with not in world.gather(results)[0]:
         report(begun_with)
-    for stage in range(at, stages[-1] + 1):
-        train_stage(stage, learner, train_items, out, checkpoint if stage == at else None, stop)
-        learner.save(out / f"stage{stage}")
-        report(f"stage {stage}")
+    for plan in plans:
+        train_stage(plan, learner, out, checkpoint if plan.stage == at else None, stop)
+        learner.save(out / f"stage{plan.stage}")
+        report(f"stage {plan.stage}")
     if world.main:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)  # the run is whole
         table = results_table(results)

@@ -1,14 +1,17 @@
-"""Metrics against scipy and by hand; loop, files and picture with a policy that is a dictionary."""
+"""Metrics against scipy and by hand; loop, files and pictures with policies that are dictionaries or functions."""
 
+import doctest
 import json
 import math
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
+from scipy import optimize, stats
 
 import data
 import eval as evaluation
@@ -258,6 +261,224 @@ def test_picture_takes_rows_from_the_whole_list(policy, tmp_path):
         evaluation.draw_predictions(samples[:2], predictions[:1], tmp_path / "p.png")
 
 
+# --- ranking ------------------------------------------------------------------------------------------------
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(evaluation)
+    assert result.attempted >= 2 and result.failed == 0
+
+
+def test_merge_without_votes_is_the_order_by_values():
+    assert evaluation.merge_rankings([], []) == []
+    assert evaluation.merge_rankings([7], []) == [0]
+    assert evaluation.merge_rankings([3, 1.7e308, 3, -1.7e308], []) == [3, 0, 2, 1]  # equal values: by index
+    # The known values 3, 1, 2 stand at +0.5, -0.5, 0 around their middle. Image 1 stands at 0 as well: then by index.
+    assert evaluation.merge_rankings([3, None, 1, 2], []) == [2, 1, 3, 0]
+    assert evaluation.merge_rankings([None, None], []) == [0, 1]
+
+
+def test_merge_weighs_votes_against_values_by_hand():
+    """Two images whose values stand D apart, v votes against them: strengths -d/2 and d/2 around their middle have
+
+        loss  v log(1 + e^d) + (d - D)^2 / 4,    slope at d = 0:  v / 2 - D / 2,
+
+    and the loss is convex: the votes win (d < 0) if v > D, the values if v < D. v = D is a tie, by value.
+    """
+    assert evaluation.PLACE == 0.5
+    cases = [
+        (2, 1, "votes"),  # neighbours, D = 0.5
+        (3, 1, "tie"),  # one image between them, D = 1
+        (4, 1, "values"),  # two between, D = 1.5
+        (4, 2, "votes"),
+        (6, 2, "values"),  # D = 2.5
+        (6, 3, "votes"),
+    ]
+    for n, votes, winner in cases:
+        order = evaluation.merge_rankings(list(range(n)), [[n - 1, 0]] * votes)
+        assert (order.index(n - 1) < order.index(0)) == (winner == "votes"), (n, votes)
+        between = [i for i in order if i not in (0, n - 1)]
+        assert between == list(range(1, n - 1))
+    # Of 41 images and more the ends stand 20 apart, not 0.5 x (n - 1): at n = 81 neighbours are 20 / 81 apart, D of the
+    # images 0 and 4 is 0.99, and one vote turns them round. With places 0.5 apart D were 2.
+    order = evaluation.merge_rankings(list(range(81)), [[4, 0]])
+    assert order.index(4) < order.index(0)
+
+
+def test_merge_by_majority_and_across_pairs_that_never_met():
+    assert evaluation.merge_rankings([1, 1], [[1, 0], [0, 1], [1, 0]]) == [1, 0]
+    assert evaluation.merge_rankings([1, 1], [[1, 0], [0, 1]]) == [0, 1]  # a tie, equal values: by index
+    assert evaluation.merge_rankings([2, 1], [[1, 0], [0, 1]]) == [1, 0]  # a tie: by value
+    nothing = [None] * 4
+    assert evaluation.merge_rankings(nothing, [[2, 0], [0, 3], [3, 1]]) == [2, 0, 3, 1]  # a chain
+    assert evaluation.merge_rankings(nothing[:3], [[0, 1], [1, 2], [2, 0]]) == [0, 1, 2]  # a circle: all tied
+    # An image without a value goes where its votes put it, beyond the highest or below the lowest.
+    assert evaluation.merge_rankings([1, 2, 3, 4, None], [[3, 4]]) == [0, 1, 2, 3, 4]
+    assert evaluation.merge_rankings([1, 2, 3, 4, None], [[4, 0]]) == [4, 0, 1, 2, 3]
+    # Images 0 and 1 share a value and never met. Image 0 stood above image 3, image 1 below image 2.
+    assert evaluation.merge_rankings([5, 5, 4, 6], [[3, 0], [1, 2]]) == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("n", [2, 7, 60])
+def test_strengths_minimise_what_they_say(n):
+    """Against scipy's general minimiser, gradient by differences: far from what Newton's method computes."""
+    rng = np.random.default_rng(n)
+    wins = rng.integers(0, 3, (n, n)) * (rng.random((n, n)) < 3 / n)
+    np.fill_diagonal(wins, 0)
+    wins[0, 1] += 50  # a full Newton step from the prior overshoots here
+    prior, precision = 5 * rng.standard_normal(n), rng.choice([0.01, 1.0], n)
+
+    def loss(s):
+        votes = sum(wins[i, j] * np.logaddexp(0, s[i] - s[j]) for i, j in zip(*wins.nonzero(), strict=True))
+        return votes + sum(precision * (s - prior) ** 2) / 2
+
+    ours = evaluation._strengths(wins, prior, precision)
+    theirs = optimize.minimize(loss, prior, method="L-BFGS-B", options=dict(maxfun=10**6, maxiter=10**5, ftol=1e-15))
+    assert loss(ours) <= theirs.fun + 1e-9
+    assert ours == pytest.approx(theirs.x, abs=2e-2)  # flat where the precision is 0.01
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 5, 8])
+def test_windows_hold_every_image_and_overlap_by_half(window):
+    for n in range(1, 40):
+        for r in range(3):
+            starts = evaluation.window_starts(n, window, r)
+            shown = [set(range(start, min(start + window, n))) for start in starts]
+            assert set.union(*shown) == set(range(n)) and all(len(images) == min(window, n) for images in shown)
+            assert all(len(a & b) >= window // 2 for a, b in zip(shown, shown[1:], strict=False)), (n, starts)
+            assert len(starts) <= 2 * n / window + 2  # linear: each image about twice
+    assert evaluation.window_starts(12, 8, 0) == [0, 4] and evaluation.window_starts(12, 8, 1) == [0, 2, 4]
+
+
+def images(count):
+    return [data.Item(f"{i}", math.nan, TASK, lambda: None) for i in range(count)]
+
+
+@pytest.fixture
+def ranker(monkeypatch):
+    """A policy that answers a prompt by calling `ranker.say(names)`. `prompts`: names asked for, `tokens`: budgets."""
+    fake = SimpleNamespace(prompts=[], tokens=[], batches=[])
+
+    def generate(policy, prompts, group_size, max_new_tokens, temperature, generator):
+        assert (group_size, temperature, generator) == (1, 0.0, None) and not torch.is_grad_enabled()
+        fake.prompts += prompts
+        fake.tokens.append(max_new_tokens)
+        fake.batches.append(len(prompts))
+        return SimpleNamespace(ids=prompts, mask=None)
+
+    monkeypatch.setattr(data, "make_prompts", lambda policy, samples: [[i.name for i in s.items] for s in samples])
+    monkeypatch.setattr(data, "answer_budget", lambda policy, samples: len(data.reference_answer(samples[0])))
+    monkeypatch.setattr(rarl, "generate", generate)
+    monkeypatch.setattr(rarl, "decode", lambda policy, ids, mask: [fake.say(names) for names in ids])
+    return fake
+
+
+def listing(names, score):
+    """An answer in the order of the scores: image ids as the prompt numbers them, values that say nothing."""
+    return answer(*((i, 0) for i in sorted(range(1, len(names) + 1), key=lambda i: score(names[i - 1]))))
+
+
+def test_windows_find_the_exact_order_that_coarse_values_leave_open(ranker):
+    # 30 images with the labels 0..29. The values know them in fives, the windows exactly.
+    labels = random.Random(0).sample(range(30), 30)
+    label = lambda name: labels[int(name)]
+    ranker.say = lambda names: listing(names, label) if len(names) > 1 else answer((1, label(names[0]) // 5))
+    ranking = evaluation.rank_images(ranker, images(30), window=4, rounds=2, batch_size=8)
+    assert [labels[i] for i in ranking.order] == list(range(30))
+    assert ranking.values == [x // 5 for x in labels]
+    alone = evaluation.rank_images(ranker, images(30), rounds=0)
+    assert stats.kendalltau([labels[i] for i in alone.order], range(30)).statistic < 0.95
+    assert (alone.windows, alone.invalid) == (0, 0)
+
+
+def test_questions_are_few_shuffled_and_the_same_each_time(ranker):
+    ranker.say = lambda names: answer(*((i, int(name)) for i, name in enumerate(names, 1)))  # as numbered in the prompt
+    first = evaluation.rank_images(ranker, images(40), window=4, rounds=2, batch_size=16)
+    asked = list(ranker.prompts)
+    singles, windows = asked[:40], asked[40:]
+    assert singles == [[f"{i}"] for i in range(40)]
+    assert first.windows == len(windows) == 19 + 20 and {len(names) for names in windows} == {4}
+    assert ranker.batches == [16, 16, 8] + [16, 3] + [16, 4]
+    # This policy favours the first image always. It should not find the order of the values that it is shown.
+    rising = sum(int(a) < int(b) for names in windows for a, b in zip(names, names[1:], strict=False))
+    assert 0.35 < rising / (3 * len(windows)) < 0.65
+    assert evaluation.rank_images(ranker, images(40), window=4, rounds=2, batch_size=40) == first
+    assert ranker.prompts[len(asked) :] == asked
+    # Room for five digits, whatever the label: [{"image_id": 1, "value": 99999}] and four of these in a list.
+    assert set(ranker.tokens) == {33, 4 * 33}
+
+
+def test_few_images_make_one_window_and_one_makes_none(ranker):
+    ranker.say = lambda names: listing(names, lambda name: -int(name)) if len(names) > 1 else answer((1, 5))
+    ranking = evaluation.rank_images(ranker, images(3), window=4, rounds=2)
+    assert ranking == ([2, 1, 0], [5, 5, 5], 2, 0)
+    assert [sorted(names) for names in ranker.prompts[3:]] == [["0", "1", "2"]] * 2
+    assert evaluation.rank_images(ranker, images(1)) == ([0], [5], 0, 0)
+
+
+def test_merged_ranking_beats_the_values_where_all_answers_are_noisy(ranker):
+    labels, taus = np.random.default_rng(1).uniform(0, 100, 60), []
+    for seed in range(4):
+        noise = random.Random(seed)
+        heard = lambda name, noise=noise: labels[int(name)] + noise.gauss(0, 8)
+        ranker.say = lambda names, heard=heard: (
+            listing(names, heard) if len(names) > 1 else answer((1, heard(names[0])))
+        )
+        ranking = evaluation.rank_images(ranker, images(60))
+        place = np.argsort(ranking.order)
+        taus.append([stats.kendalltau(x, labels).statistic for x in (ranking.values, place)])
+    values, merged = np.mean(taus, axis=0)
+    assert 0.75 < values < 0.87 and merged > values + 0.04
+    assert all(after > before for before, after in taus)
+
+
+def test_invalid_answers_are_counted_and_their_images_placed_by_votes(ranker):
+    def say(names):
+        if len(names) == 1:
+            return "no idea" if int(names[0]) % 4 == 0 else answer((1, int(names[0])))
+        return "[]" if "7" in names else listing(names, int)  # whoever sees image 7 is lost
+
+    ranker.say = say
+    ranking = evaluation.rank_images(ranker, images(12), window=4, rounds=3)
+    assert ranking.values == [None, 1, 2, 3, None, 5, 6, 7, None, 9, 10, 11]
+    assert ranking.invalid == sum("7" in names for names in ranker.prompts[12:]) > 0
+    assert ranking.windows == len(ranker.prompts) - 12
+    # 0 and 4 and 8 began in the middle, beside 6.
+    assert evaluation.merge_rankings(ranking.values, [])[4:8] == [0, 4, 6, 8]
+    assert stats.kendalltau(ranking.order, range(12)).statistic > 0.9
+
+    ranker.say = lambda names: "no idea"
+    assert evaluation.rank_images(ranker, images(5), rounds=1) == ([0, 1, 2, 3, 4], [None] * 5, 2, 2)
+
+
+@pytest.mark.parametrize(("count", "thumb"), [(1, 168), (10, 168), (33, 120), (130, 84)])
+def test_sheet_shows_all_images_in_ranked_order(tmp_path, count, thumb):
+    colours = [(i, 255 - i, 100) for i in range(count)]
+    items = [data.Item(f"d/{i}", 0, TASK, lambda c=c: Image.new("RGB", (40, 20), c)) for i, c in enumerate(colours)]
+    order = random.Random(0).sample(range(count), count)
+    values = [None if i % 3 else 1e308 for i in range(count)]
+    evaluation.draw_ranking(items, evaluation.Ranking(order, values, 0, 0), tmp_path / "r.png")
+    pixels, corners = np.asarray(Image.open(tmp_path / "r.png")) @ [2**16, 2**8, 1], []
+    assert pixels.shape[0] <= 1.2 * pixels.shape[1]
+    for r, g, b in colours:
+        y, x = (pixels == r * 2**16 + g * 2**8 + b).nonzero()
+        assert len(y) == thumb * (thumb // 2), "40 x 20 pixels, the aspect kept, nothing written over it"
+        corners.append((y.min(), x.min()))
+    assert sorted(range(count), key=corners.__getitem__) == order
+
+
+def test_a_sheets_captions_stay_in_their_column(tmp_path):
+    def draw(name):
+        items = [data.Item(n, 0, TASK, lambda: Image.new("RGB", (20, 20), "red")) for n in ("a", name, "c")]
+        evaluation.draw_ranking(items, evaluation.Ranking([0, 1, 2], [1.0] * 3, 0, 0), tmp_path / "r.png")
+        return np.asarray(Image.open(tmp_path / "r.png"))
+
+    short, long = draw("b"), draw("x/" + "数b\n " * 60 + ".jpg")
+    y, x = (short != long).any(-1).nonzero()
+    left = evaluation.MARGIN + 168 + 21  # of the second column
+    assert len(x) and x.min() >= left - 1 and x.max() <= left + 168 and y.min() > 96 + 168  # 1: smooth edges
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 
@@ -304,3 +525,185 @@ def test_a_mistyped_setting_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--model", "m", "--data", "dots", *wrong.split()])
     assert f"argument {wrong.split()[0]}: " in capsys.readouterr().err
+
+
+# --- command line: --rank -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five images: 3.png has 3 red pixels, and so on. Also what should be passed over."""
+    path = tmp_path / "my images"
+    (path / "subfolder.png").mkdir(parents=True)
+    for i in (5, 3, 1, 4, 2):
+        image = Image.new("RGB", (30, 30))
+        for x in range(i):
+            image.putpixel((x, 0), (255, 0, 0))
+        image.save(path / f"{i}.png")
+    for other in ("notes.txt", ".hidden.png", "Thumbs.db"):
+        (path / other).write_text("not an image")
+    return path
+
+
+@pytest.fixture
+def rank(ranker, monkeypatch, tmp_path):
+    """Runs the command with a policy that counts red pixels, but in a single image no further than 2."""
+
+    def say(names):
+        counts = [np.asarray(Image.open(name))[0, :, 0].astype(bool).sum() for name in names]
+        counts = counts if len(names) > 1 else [min(2, *counts, 9)]
+        return answer(*((i, int(count)) for count, i in sorted(zip(counts, range(1, 99), strict=False))))
+
+    ranker.say = say
+    monkeypatch.setattr(rarl, "load_policy", lambda path, device, dtype: ranker)
+    return lambda *more: evaluation.main(
+        ["--model", "some/hub-id", "--device", "cpu", "--out", f"{tmp_path}/new/out", *map(str, more)]
+    )
+
+
+COUNT_RED = ["--question", "How many pixels are red?", "--order", "from the fewest to the most"]
+
+
+def test_rank_prints_order_and_values_and_writes_a_sheet(rank, folder, tmp_path, capsys):
+    rank("--rank", folder, *COUNT_RED)
+    output = capsys.readouterr()
+    values = {1: 1, 2: 2, 3: 2, 4: 2, 5: 2}  # the order above 2 is the windows'
+    assert output.out.splitlines() == [
+        "rank  value  file",
+        *(f"   {i}      {values[i]}  {folder}/{i}.png" for i in values),
+    ]
+    assert "5 prompts with 1 image, 4 with 4" in output.err
+    written = [json.loads(line) for line in (tmp_path / "new/out/ranking.jsonl").read_text().splitlines()]
+    assert written == [{"rank": i, "file": f"{folder}/{i}.png", "value": values[i]} for i in values]
+    assert Image.open(tmp_path / "new/out/ranking.png").size[0] > 5 * 168
+
+
+def test_json_is_one_document_and_nothing_else(rank, folder, ranker, tmp_path, capsys):
+    (folder / "2.png").rename(folder / "2 é.png")
+    right = ranker.say
+    ranker.say = lambda names: "?" if [name[-5:] for name in names] == ["3.png"] else right(names)
+    rank("--rank", *(folder / f"{n}.png" for n in "135"), folder / "2 é.png", "--data", "dots", "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in document] == [f"{folder}/{n}.png" for n in ("1", "2 é", "3", "5")]
+    assert [(row["rank"], row["value"]) for row in document] == [(1, 1), (2, 2), (3, None), (4, 2)]
+    assert (tmp_path / "new/out/ranking.png").exists()
+
+
+def test_rank_says_what_was_not_valid(rank, folder, ranker, capsys):
+    right, windows = ranker.say, []
+
+    def say(names):
+        if len(names) == 1:
+            return "?" if "3.png" in names[0] else right(names)
+        windows.append(names)
+        return "?" if len(windows) == 1 else right(names)
+
+    ranker.say = say
+    rank("--rank", folder, *COUNT_RED)
+    output = capsys.readouterr()
+    assert "1 of 5 images have no value" in output.err and "1 of 4 windows were left out" in output.err
+    assert output.out.splitlines()[3] == f"   3      -  {folder}/3.png"
+
+
+def test_bad_images_are_named_or_left_out_and_counted(rank, folder, ranker, tmp_path, capsys):
+    whole = (folder / "4.png").read_bytes()
+    (folder / "4.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "6.jpg").write_text("<html>not found</html>")
+    Image.new("RGB", (1000, 1)).save(folder / "7.png")
+    with pytest.raises(SystemExit) as stop:
+        rank("--rank", folder, *COUNT_RED)
+    message = str(stop.value)
+    assert all(f"{folder}/{name} " in message for name in ("4.png", "6.jpg", "7.png")) and "5.png" not in message
+    assert message.endswith("--skip-bad leaves such files out") and "\n" not in message
+    assert not ranker.prompts and not (tmp_path / "new").exists(), "found before anything else is done"
+    rank("--rank", folder, *COUNT_RED, "--skip-bad", "--json")
+    output = capsys.readouterr()
+    assert [Path(row["file"]).stem for row in json.loads(output.out)] == ["1", "2", "3", "5"]
+    assert "left out 3 of 7 images" in output.err and output.err.count("left out: image file") == 3
+    with pytest.raises(SystemExit, match=r"6\.jpg .*cannot be read.*take it out$"):  # none is left to rank
+        rank("--rank", folder / "6.jpg", *COUNT_RED, "--skip-bad")
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["{folder}/6.png"], "no file or folder '{folder}/6.png'"),
+        (["{folder}/*.jpg"], "no file or folder '{folder}/*.jpg'"),  # nothing matched, so the shell left it as it is
+        ([""], "no file or folder ''"),  # an unset variable, not the current folder
+        (["{folder}/1.png", "{folder}/2.png", "{folder}/1.png"], "{folder}/1.png is given twice"),
+        (["{folder}", "{folder}/../my images/3.png"], "3.png is given twice, first as {folder}/3.png"),
+        (["{folder}/subfolder.png"], "subfolder.png has no images (.jpg .jpeg .png"),
+        (["{folder}/notes.txt"], "notes.txt cannot be read"),
+    ],
+)
+def test_a_wrong_path_to_rank_is_one_sentence(rank, folder, paths, message):
+    with pytest.raises(SystemExit) as stop:
+        rank("--rank", *(path.format(folder=folder) for path in paths), *COUNT_RED)
+    assert message.format(folder=folder) in str(stop.value) and "\n" not in str(stop.value)
+    assert str(stop.value).startswith("eval.py: ")
+
+
+def test_a_sheet_is_not_written_among_the_images(rank, folder):
+    with pytest.raises(SystemExit, match="is ranked itself"):
+        rank("--rank", folder, *COUNT_RED, "--out", folder)
+
+
+def test_an_untrained_policy_is_told_so(folder, tmp_path):
+    import tiny  # for once real weights, prompts and decoding
+
+    torch.manual_seed(0)
+    rarl.save_policy(tiny.build_policy(), tmp_path / "policy")
+    with pytest.raises(SystemExit, match="none of the 7 answers is valid"):
+        evaluation.main(["--model", f"{tmp_path}/policy", "--data", "dials", "--device", "cpu", "--rank", f"{folder}",
+                         "--rounds", "1", "--out", f"{tmp_path}/out"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--rank x --data dots --images 2", "--images does not go with --rank"),
+        ("--rank x --data dots --seed 0", "--seed does not go with --rank"),  # even if it is the default
+        ("--rank x --data dots --split val --samples 3", "does not go with --rank"),
+        ("--data dots --window 4", "--window needs --rank"),
+        ("--data dots --json", "--json needs --rank"),
+        ("--data dots --skip-bad", "--skip-bad needs --rank"),
+        ("--rank x", "either --data or both --question and --order"),
+        ("--rank x --question q", "either --data or both --question and --order"),
+        ("--rank x --order o", "either --data or both --question and --order"),
+        ("--rank x --data dots --order o", "either --data or both --question and --order"),
+        ("--rank x --data dots --question q --order o", "either --data or both --question and --order"),
+        ("--rank x --question q --order o --data-root r", "--data-root goes with --data"),
+        ("--rank x --data dots --window 1", "argument --window: 1 is less than 2"),
+        ("--rank x --data dots --rounds -1", "argument --rounds: -1 is less than 0"),
+        ("--rank --data dots", "argument --rank: expected at least one argument"),
+        ("", "--data is required, or --rank"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", "m", *wrong.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_the_question_of_a_data_set(tmp_path, folder):
+    def task(*arguments):
+        return evaluation._task(evaluation._arguments(["--model", "m", "--rank", "x", *map(str, arguments)]))
+
+    assert task("--data", "dots") == data.DOTS and task("--data", "dials") == data.DIALS
+    assert "old" in task("--data", "utkface").question and "youngest" in task("--data", "utkface").order
+    assert task("--data", "ava").decimals == 2
+    own = task("--question", "How red?", "--order", "from pale to red")
+    assert (own.question, own.order) == ("How red?", "from pale to red")
+    # A rating names the lowest and the highest label, so it takes the labels to know the question.
+    with pytest.raises(data.DataError, match="--data csv depends on the images"):
+        task("--data", "csv")
+    lines = [f"{i}.png,{i},train" for i in range(1, 6)]
+    (folder / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
+    assert task("--data", "csv", "--data-root", folder).question == "Rate the image from 1 to 5."
+    with pytest.raises(data.DataError, match="dotz"):
+        task("--data", "dotz")
+    # Two groups are two questions.
+    lines = [f"{i}.png,{i},train,{'ab'[i % 2]}" for i in range(1, 6)]
+    (folder / "labels.csv").write_text("\n".join(["path,label,split,group", *lines]))
+    with pytest.raises(data.DataError, match="asks 2 questions, such as 'Rate the image"):
+        task("--data", "csv", "--data-root", folder)

@@ -15,7 +15,7 @@ def full_forward(policy, prompt, answer, temperature=1.0):
     """Log-probs of one answer the usual way: one row [prompt | answer], transformers' own forward and positions."""
     model = policy.model
     ids = torch.cat([prompt.ids, answer])[None]
-    model.set_attn_implementation({"text_config": "sdpa"})
+    model.set_attn_implementation("sdpa")
     try:
         logits = model(
             input_ids=ids,
@@ -25,7 +25,7 @@ def full_forward(policy, prompt, answer, temperature=1.0):
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
         ).logits[0, len(prompt.ids) - 1 : -1]
     finally:
-        model.set_attn_implementation({"text_config": "rarl"})
+        model.set_attn_implementation(rarl.ATTENTION)
     logits = (logits / temperature).masked_fill(policy.banned, -torch.inf)
     return logits.log_softmax(-1).gather(-1, answer[:, None]).squeeze(-1), logits
 
@@ -192,6 +192,17 @@ def test_head_in_chunks_changes_nothing(policy, prompts, rollout, monkeypatch):
     monkeypatch.setattr(rarl, "HEAD_ELEMENTS", 7 * policy.banned.numel())  # seven positions at a time
     pieces, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
     torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)
+
+
+def test_static_decoding_gives_the_same_answers(policy, prompts, rollout, monkeypatch):
+    # What a GPU records as a graph: fixed shapes, all T places under a mask, padding to a multiple of 64. Same functions.
+    monkeypatch.setattr(rarl, "STATIC", {"cpu"})
+    for _ in range(2):  # the second time from buffers that hold the first time's numbers
+        again = rarl.generate(policy, prompts, G, T, 1.0, torch.Generator().manual_seed(0))
+        assert torch.equal(again.ids, rollout.ids) and torch.equal(again.mask, rollout.mask)
+        torch.testing.assert_close(again.logp, rollout.logp, atol=1e-5, rtol=0)
+    assert len(rarl._RECORDED[policy]) == 1  # recorded once, used twice
+    rarl._RECORDED.clear()
 
 
 def test_one_token_answers(policy, prompts):
