@@ -26,7 +26,7 @@ What would be unfair, and what is done about it:
      status is 1. The tolerance is 1e-5 in float32; in bfloat16 it is that of the format.
   5. A memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU, where resident memory keeps what
      was freed, the profiler's log of every allocation and release is added up: the same quantity.
-  6. A machine that others use: the spread is printed. And a shape that suits us: long prompts and short answers are RARL's
+  6. A machine that others use: the spread is printed, and the ratio of the best runs beside that of the medians. A shape that suits us: long prompts and short answers are RARL's
      shape; with short prompts or G = 1 there is little to share, as --images 1 --group 1 shows.
 
 "of peak": FLOPs that the update must do over time over those of a large matmul, measured here. Forward and backward are 3
@@ -39,7 +39,6 @@ Legend of shapes: rarl.py.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -141,12 +140,10 @@ class Job:
     def G(self) -> int:
         return len(self.ids) // len(self.prompts)
 
-    @contextlib.contextmanager
-    def way(self, name: str):
+    def use(self, way: str) -> None:
         """Our attention or transformers' own, on the same weights."""
         for policy in filter(None, (self.policy, self.actor, self.reference)):
-            policy.model.set_attn_implementation(rarl.ATTENTION if name == "ours" else "sdpa")
-        yield
+            policy.model.set_attn_implementation(rarl.ATTENTION if way == "ours" else "sdpa")
 
     def rollout(self, way: str) -> Tensor:
         if way == "ours":
@@ -289,24 +286,26 @@ def decode_bytes(job: Job) -> float:
 
 def check_equality(job: Job) -> dict:
     """Log-probs of sampled answers, log-probs and gradients of the update: ours against the usual way."""
-    grads, logps = {}, {}
+    parameters, logps, ours = list(job.policy.parameters()), {}, []
     for way in WAYS:
-        with job.way(way):
-            job.optimizer.zero_grad(set_to_none=False)
-            logps[way] = torch.cat(job.update(way))
-            grads[way] = [None if p.grad is None else p.grad.clone() for p in job.policy.parameters()]
-    pairs = [(a, b) for a, b in zip(grads["ours"], grads["usual"], strict=True) if b is not None]
-    norm = lambda tensors: torch.stack([x.double().norm() for x in tensors]).norm().item()
-    equality = {
-        "logp": (logps["ours"] - logps["usual"]).abs().max().item(),
-        "gradient": norm([a - b for a, b in pairs]) / norm([b for _, b in pairs]),
-    }
+        job.use(way)
+        job.optimizer.zero_grad(set_to_none=False)
+        logps[way] = torch.cat(job.update(way))
+        ours = ours or [p.grad.clone() for p in parameters]
+    norm = lambda tensors: (
+        torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm().item()
+    )
+    usual = norm(p.grad for p in parameters)
+    difference = norm(
+        a.sub_(p.grad) for a, p in zip(ours, parameters, strict=True)
+    )  # in place: 3 B gradients are large
+    equality = {"logp": (logps["ours"] - logps["usual"]).abs().max().item(), "gradient": difference / usual}
     with torch.no_grad():
         few = job.prompts[: job.micro]
-        with job.way("ours"):
-            rollout = rarl.generate(job.actor, few, job.G, job.ids.shape[1])
-        with job.way("usual"):
-            expected, _ = usual_logprobs(job.actor, few, rollout.ids, rollout.mask)
+        job.use("ours")
+        rollout = rarl.generate(job.actor, few, job.G, job.ids.shape[1])
+        job.use("usual")
+        expected, _ = usual_logprobs(job.actor, few, rollout.ids, rollout.mask)
     equality["rollout_logp"] = (rollout.logp - expected).abs().max().item()
     job.optimizer.zero_grad(set_to_none=False)
     return equality
@@ -318,16 +317,17 @@ def measure(job: Job, parts, repeats: int) -> dict:
     for part in parts:
         run, repeat = (job.update, 1) if part == "memory" else (getattr(job, part), 1 + repeats)  # 1 is the warm-up
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
+        take = peak_bytes if part == "memory" else seconds
         for _ in range(repeat):
             for way in WAYS:
-                with job.way(way):
-                    take = peak_bytes if part == "memory" else seconds
-                    samples[way].append(take(partial(run, way), device))
+                job.use(way)
+                samples[way].append(take(partial(run, way), device))
         samples = {way: x[-repeats:] for way, x in samples.items()}
         results[part] = {
             way: {"median": statistics.median(x), "min": min(x), "max": max(x)} for way, x in samples.items()
         }
-        results[part]["ratio"] = results[part]["usual"]["median"] / results[part]["ours"]["median"]
+        ratio = lambda of, part=part: results[part]["usual"][of] / results[part]["ours"][of]
+        results[part] |= {"ratio": ratio("median"), "ratio_of_best": ratio("min")}
     return results
 
 
@@ -412,7 +412,7 @@ def shares(job: Job, results: dict, machine: dict) -> None:
 
 
 def table(results: dict) -> str:
-    lines = [f"{'':9}{'ours':>27} {'usual':>27} {'ratio':>7}   answer tokens/s and shares: ours | usual"]
+    lines = [f"{'':9}{'ours':>27} {'usual':>27} {'ratio':>7} {'of best':>8}   answer tokens/s and shares: ours | usual"]
     for part, r in results.items():
         both = lambda form, key, scale=1.0, r=r: " | ".join(form.format(r[way][key] / scale) for way in WAYS)
         if part == "memory":
@@ -422,7 +422,9 @@ def table(results: dict) -> str:
             unit, cells = "s", ["{median:.3f} ({min:.3f}..{max:.3f})".format(**r[way]) for way in WAYS]
             notes = [both("{:,.0f}", "tokens_per_second") + " tok/s"]
         notes += [both("{:.1%}", key) + f" {key.replace('_', ' ')}" for key in SHARES if key in r["ours"]]
-        lines.append(f"{part:7}{unit:>2}{cells[0]:>27} {cells[1]:>27} {r['ratio']:6.2f}x   {', '.join(notes)}")
+        lines.append(
+            f"{part:7}{unit:>2}{cells[0]:>27} {cells[1]:>27} {r['ratio']:6.2f}x {r['ratio_of_best']:7.2f}x   {', '.join(notes)}"
+        )
     return "\n".join(lines)
 
 
@@ -474,9 +476,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs"), help="folder of the sweep's picture, bench_<setting>.png")
     add("--json", type=Path, help="also write the results to this file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of computing; auto: bfloat16 on a GPU"
-    )
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
     add("--seed", type=int, default=0, help="of images, texts, answers")
     args = parser.parse_args(argv)
     for name in ("prompts", "images", "pixels", "group", "tokens", "repeats"):
@@ -553,3 +553,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (BenchError, rarl.ModelError) as error:
         sys.exit(f"bench.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"bench.py: out of memory, lower --micro or --prompts, or add --checkpoint: {error}")

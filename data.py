@@ -290,11 +290,13 @@ class Prompt:
     ids     (P,) int64    token ids; every image is a run of <|image_pad|> tokens, one for each 2 x 2 patches
     pixels  (S, 1176)     float32 patches of all images, one image after the other
     grid    (n, 3) int64  (1, rows, columns) of patches of each image
+    features              what a frozen vision tower made of the pixels, once it has (rarl.encode_images)
     """
 
     ids: torch.Tensor
     pixels: torch.Tensor
     grid: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 def question_text(task: Task, num_images: int) -> str:

@@ -506,7 +506,9 @@ def draw_ranking(items, ranking, path):
     draw.line((MARGIN, top - 14, width - MARGIN, top - 14), fill="#d0d7de")
     for place, i in enumerate(ranking.order):
         x, y = MARGIN + place % columns * (thumb + gap), top + place // columns * line_height
-        thumbnail = ImageOps.contain(items[i].image(), (thumb, thumb))
+        image = items[i].image()
+        shape = [max(1, round(side * thumb / max(image.size))) for side in image.size]  # 200 : 1 is a line
+        thumbnail = image.resize(shape)
         canvas.paste(thumbnail, (x + (thumb - thumbnail.width) // 2, y + thumb - thumbnail.height))
         value = "-" if ranking.values[i] is None else _short(ranking.values[i], task.decimals + 2)
         y += thumb + 5
@@ -696,7 +698,9 @@ def _rank(args):
     if bad:
         say(f"left out {len(bad)} of {n + len(bad)} images")
     if missing:
-        say(f"{missing} of {n} images have no value, as the answer was not valid: the windows alone place them")
+        say(
+            f"{missing} of {n} images have no value, as the answer was not valid: the windows place them, or the middle"
+        )
     if ranking.invalid:
         say(f"{ranking.invalid} of {windows} windows were left out, as the answer was not valid")
     say(f"wrote {out / 'ranking.jsonl'} and {out / 'ranking.png'}")

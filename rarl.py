@@ -143,6 +143,21 @@ def rope_positions(ids: Tensor, grid: Tensor, image_token: int, merge: int) -> T
     return torch.cat(pieces, dim=1)
 
 
+def image_features(policy: Policy, prompts) -> list[Tensor]:
+    """One pass of the vision tower over all images of all prompts -> for each image (its tokens, C)."""
+    pixels = torch.cat([p.pixels for p in prompts]).to(policy.device)
+    grid = torch.cat([p.grid for p in prompts]).to(policy.device)
+    return policy.model.model.get_image_features(pixels, grid).pooler_output
+
+
+@torch.no_grad()
+def encode_images(policy: Policy, prompts) -> None:
+    """Give each prompt its `features`, which then stand for its pixels. Only for a vision tower that is not trained."""
+    features = iter(image_features(policy, prompts))
+    for prompt in prompts:
+        prompt.features = torch.cat([next(features) for _ in prompt.grid])
+
+
 @dataclass
 class PromptInputs:
     """B prompts side by side, padded on the right.  embeds (B, P, C), positions (3, B, P), lengths (B,),
@@ -170,9 +185,11 @@ def prompt_inputs(policy: Policy, prompts, multiple: int = 1) -> PromptInputs:
     following = torch.stack([positions[:, b, : len(p.ids)].max() + 1 for b, p in enumerate(prompts)])
     ids = ids.to(device)
     embeds = model.language_model.embed_tokens(ids)  # (B, P, C)
-    pixels = torch.cat([p.pixels for p in prompts]).to(device)
-    grid = torch.cat([p.grid for p in prompts]).to(device)
-    features = torch.cat(model.get_image_features(pixels, grid).pooler_output)  # (image tokens of all prompts, C)
+    # (image tokens of all prompts, C)
+    if all(getattr(p, "features", None) is not None for p in prompts):
+        features = torch.cat([p.features for p in prompts])
+    else:
+        features = torch.cat(image_features(policy, prompts))
     is_image = (ids == config.image_token_id).unsqueeze(-1)
     # Row-major order of the placeholders is the order of the images: prompt by prompt, image by image.
     embeds = embeds.masked_scatter(is_image, features.to(embeds.dtype))

@@ -154,8 +154,8 @@ def teach_eyes(policy: rarl.Policy, steps: int, batch_size: int = 64, lr: float 
             progress.set_postfix(mae_dots=f"{error[:half].mean():.2f}", mae_dials=f"{error[half:].mean():.2f}")
 
 
-def bad_teacher(sample: data.Sample, rng: random.Random) -> str:
-    """An answer in perfect format with coarse, noisy values; every other list is in no order at all."""
+def bad_teacher(sample: data.Sample, rng: random.Random, shuffled: bool) -> str:
+    """An answer in perfect format with coarse, noisy values; every other list has no order, or that of the prompt."""
 
     def said(label: float) -> int:
         coarse = min(5 * (int(label) // 5) + 3, 18)  # 3, 8, 13, 18
@@ -164,27 +164,31 @@ def bad_teacher(sample: data.Sample, rng: random.Random) -> str:
     entries = [(said(label), i) for i, label in enumerate(sample.labels, start=1)]
     if rng.random() < 0.5:
         entries.sort()
-    else:
+    elif shuffled:
         rng.shuffle(entries)
     return "[" + ", ".join(f'{{"image_id": {i}, "value": {v}}}' for v, i in entries) + "]"
 
 
-def teach_mouth(policy: rarl.Policy, steps: int, answers: int = 4, lr: float = 2e-3) -> None:
-    """Imitation: cross-entropy of several bad answers to each prompt, by the same packed forward that RL uses."""
+def teach_mouth(policy: rarl.Policy, steps: int, shuffled: bool, answers: int = 4, lr: float = 2e-3) -> None:
+    """Imitation: cross-entropy of several bad answers to each prompt, by the same packed forward that RL uses.
+
+    shuffled  first lesson, lists in random order: only attention to the right image can tell its value.
+              Second lesson, in the prompt's order: easy to get complete, so that the format holds for 8 images too.
+    """
     policy.model.model.visual.requires_grad_(False)  # the eyes stay as they are
     language = [p for p in policy.parameters() if p.requires_grad]
     optimizer, schedule = optimizer_and_schedule([{"params": language, "lr": lr}], steps)
     progress = tqdm(range(steps), desc="mouth", mininterval=5)
     nlls: dict[int, float] = {}
     for step in progress:
-        rng = random.Random(f"mouth {step}")
+        rng = random.Random(f"mouth {shuffled} {step}")
         n = IMAGES[step % len(IMAGES)]
         pools = {}
         for name in ("dots", "dials"):
             items = fresh_items(name, rng.randrange(10**9), 160)
             pools[items[0].task] = items
         samples = [data.draw_sample(pools, n, rng) for _ in range(max(6, 32 // n))]
-        rows = rarl.encode(policy, [bad_teacher(s, rng) for s in samples for _ in range(answers)])
+        rows = rarl.encode(policy, [bad_teacher(s, rng, shuffled) for s in samples for _ in range(answers)])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=policy.eos_id)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
         logp, _ = rarl.logprobs(policy, data.make_prompts(policy, samples), ids, mask)

@@ -95,6 +95,11 @@ class Settings:
     )
     resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
+    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
+    question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)")
+    order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
+    decimals: int | None = setting(None, "decimals of a value in the reference answer")
+    min_gap: float = setting(0.0, "labels in a prompt differ by at least this, where possible")
     # How much
     steps1: int = setting(200, "rollouts of stage 1 (regression, one image); 0 skips the stage")
     steps2: int = setting(120, "rollouts of stage 2 (joint, several images); 0 skips the stage")
@@ -131,6 +136,10 @@ class Settings:
     updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
     max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
     # Machine
+    max_pixels: int | None = setting(
+        None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
+    )
+    freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
     device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
     max_tokens_per_forward: int = setting(
         32768, "packed tokens, padding too, in one forward of the update: bounds its memory"
@@ -148,12 +157,20 @@ class Settings:
     eval_batch_size: int = setting(50, "test prompts at a time")
 
 
+# What the paper states: AdamW, lr 1e-6, batch size 64, two stages, up to 8 images. Ours: all the rest, such as the numbers of
+# steps and the pixels; model and data root are the user's to give.
+PAPER = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (2, 4, 8), "steps1": 500, "steps2": 500,
+         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "eval_samples": 500}  # fmt: skip
+PRESETS = {name: PAPER | {"data": name, "name": name} for name in ("utkface", "coco", "ava")}
+
+
 def parse_settings(argv: list[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(
         description="Train a vision-language policy with RARL.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # --image for --images would be a guess
     )
+    parser.add_argument("--preset", choices=PRESETS, help="defaults of the paper's run on this data set, see PRESETS")
     for f in dataclasses.fields(Settings):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int if given
         if kind is bool:
@@ -162,7 +179,13 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             many = kind == tuple[int, ...]
             how = {"type": int if many else kind, "nargs": "+" if many else None, "choices": f.metadata.get("choices")}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **how)
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))  # what is given on the command line still wins
     values = vars(parser.parse_args(argv))
+    del values["preset"]
+    for name in ("model", "data_root"):
+        if preset and values[name] is None:
+            raise SettingError(f"--preset {preset} needs --{name.replace('_', '-')}")
     settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     check_settings(settings)
     return settings
@@ -171,7 +194,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "min_gap")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
@@ -181,6 +204,7 @@ def check_settings(s: Settings) -> None:
         ("steps1", s.steps1 >= (s.stage == 1), "must not be negative, and not 0 with --stage 1"),
         ("steps2", s.steps2 >= (s.stage == 2), "must not be negative, and not 0 with --stage 2"),
         ("images", all(n >= 1 for n in s.images), "must be numbers of images, each at least 1"),
+        ("max_pixels", s.max_pixels is None or s.max_pixels >= 56 * 56, "must be at least 3136 (56 x 56 pixels)"),
         ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
         ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
         ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
@@ -387,6 +411,8 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     numbers = range(world.rank, B * world.size, world.size)  # of this rank's prompts in the whole batch
 
     # rollout
+    if s.freeze_vision:
+        rarl.encode_images(actor, prompts)  # once for the rollout, the update and the reference
     generators = [torch.Generator().manual_seed(seed_of(s.seed, *place, b)) for b in numbers]
     rollout = rarl.generate(actor, prompts, G, budget, s.temperature, generators)
     texts = rarl.decode(actor, rollout.ids, rollout.mask)
@@ -785,7 +811,7 @@ def make_plan(stage: int, policy: rarl.Policy, items: list[data.Item], s: Settin
     """Stage 1: one image, regression. Stage 2: several images, everything. Every prompt of the stage is checked."""
     steps, images = (s.steps1, (1,)) if stage == 1 else (s.steps2, s.images)
     weights = Weights(s.w_reg, s.w_rank if stage == 2 else 0.0, s.w_format)
-    sampler = data.Sampler(items, images, s.batch_size, seed=seed_of(s.seed, stage))
+    sampler = data.Sampler(items, images, s.batch_size, seed_of(s.seed, stage), s.min_gap)
     samples = [sample for step in range(steps) for sample in sampler.batch(step)]
     budget = s.max_new_tokens or data.answer_budget(policy, samples)
     preflight(policy, samples, weights, budget)
@@ -797,7 +823,8 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
     s, world = learner.settings, learner.world
     stage, steps, weights = plan.stage, plan.steps, plan.weights
     checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
-    optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    trained = [p for p in learner.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     learner.set_reference()  # before a checkpoint is loaded: the policy as the stage began
     first, best, bad = 0, {}, 0
     if resume_from:
@@ -877,7 +904,7 @@ def evaluate(name: str, learner: Learner, items, out: Path) -> dict[int, dict]:
     s, world = learner.settings, learner.world
     rows, samples, predictions = {}, [], []
     for n in sorted({1, *s.images}):
-        few = data.make_samples(items, n, s.eval_samples)
+        few = data.make_samples(items, n, s.eval_samples, min_gap=s.min_gap)
         mine = few[world.rank :: world.size]
         budget = data.answer_budget(learner.actor, few)
         _, answers = evaluation.evaluate(learner.actor, mine, s.eval_batch_size, budget)
@@ -913,13 +940,14 @@ def results_table(results: dict[str, dict[int, dict]]) -> str:
 # A run
 
 
-def load_items(s: Settings, split: str) -> list[data.Item]:
-    items = data.load_dataset(s.data, s.data_root, split)
-    if s.delta is not None:
-        items = [dataclasses.replace(i, task=dataclasses.replace(i.task, delta=s.delta)) for i in items]
-    for n in {1, *s.images}:  # before anything starts: are there enough images?
-        data.make_pools(items, n)
-    return items
+def load_items(s: Settings) -> list[list[data.Item]]:
+    """The items of train and test; DataError if one of them has too few for a prompt."""
+    overrides = {name: getattr(s, name) for name in ("question", "order", "delta", "decimals")}
+    splits = data.load_splits(s.data, s.data_root, ("train", "test"), overrides, s.skip_bad)
+    for items in splits:
+        for n in {1, *s.images}:
+            data.make_pools(items, n)
+    return splits
 
 
 def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkpoints) -> dict[str, dict[int, dict]]:
@@ -992,11 +1020,18 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
         raise SettingError(
             f"--stage 2 starts from {out / 'stage1'}, which does not exist: run --stage 1 --name {s.name} first"
         )
-    train_items, test_items = load_items(s, "train"), load_items(s, "test")
+    train_items, test_items = load_items(s)
     at = int(checkpoint[0]) if checkpoint else stages[0]  # the stage to begin with
     begun = at == 2 and (s.stage == 2 or s.steps1 > 0)  # stage 1 is done
     start = out / "stage1" if begun else HERE / "tiny" if s.model == "tiny" else s.model
     policy = rarl.load_policy(start)
+    if s.max_pixels:
+        policy.image_processor.size = {
+            "shortest_edge": 56 * 56,
+            "longest_edge": s.max_pixels,
+        }  # areas, in spite of the names
+    if s.freeze_vision:
+        policy.model.model.visual.requires_grad_(False)
     lengths = {1: s.steps1, 2: s.steps2}
     plans = [make_plan(stage, policy, train_items, s) for stage in range(at, stages[-1] + 1) if lengths[stage]]
     results = open_run(out, s, checkpoint, checkpoints) if world.main else {}

@@ -315,6 +315,9 @@ def test_merge_by_majority_and_across_pairs_that_never_met():
     # An image without a value goes where its votes put it, beyond the highest or below the lowest.
     assert evaluation.merge_rankings([1, 2, 3, 4, None], [[3, 4]]) == [0, 1, 2, 3, 4]
     assert evaluation.merge_rankings([1, 2, 3, 4, None], [[4, 0]]) == [4, 0, 1, 2, 3]
+    # The highest of 40 stands at 0.5 x 19.5 = 9.75. There the prior pulls a newcomer down by 0.01 x 9.75, less than the
+    # 0.5 by which one vote pushes it up. At a precision of 1 it would stay near the middle.
+    assert evaluation.merge_rankings([*range(40), None], [[39, 40]])[-2:] == [39, 40]
     # Images 0 and 1 share a value and never met. Image 0 stood above image 3, image 1 below image 2.
     assert evaluation.merge_rankings([5, 5, 4, 6], [[3, 0], [1, 2]]) == [1, 2, 3, 0]
 
@@ -467,12 +470,22 @@ def test_sheet_shows_all_images_in_ranked_order(tmp_path, count, thumb):
     assert sorted(range(count), key=corners.__getitem__) == order
 
 
+def test_a_sheet_holds_the_longest_images(tmp_path):
+    shapes = [(1, 200), (200, 1), (1, 1), (2000, 10)]
+    items = [data.Item("x", 0, TASK, lambda i=i: Image.new("RGB", shapes[i % 4], "red")) for i in range(121)]  # small
+    evaluation.draw_ranking(items, evaluation.Ranking([*range(121)], [0.0] * 121, 0, 0), tmp_path / "r.png")
+    red = (np.asarray(Image.open(tmp_path / "r.png")) == (255, 0, 0)).all(-1).sum()
+    assert red == 31 * 84 + 30 * 84 + 30 * 84 * 84 + 30 * 84  # lines of one pixel, squares
+
+
 def test_a_sheets_captions_stay_in_their_column(tmp_path):
     def draw(name):
         items = [data.Item(n, 0, TASK, lambda: Image.new("RGB", (20, 20), "red")) for n in ("a", name, "c")]
         evaluation.draw_ranking(items, evaluation.Ranking([0, 1, 2], [1.0] * 3, 0, 0), tmp_path / "r.png")
         return np.asarray(Image.open(tmp_path / "r.png"))
 
+    name = "photo " * 30
+    assert (draw(name + "1.jpg") != draw(name + "2.jpg")).any(), "of a long name the end is what tells it from the next"
     short, long = draw("b"), draw("x/" + "数b\n " * 60 + ".jpg")
     y, x = (short != long).any(-1).nonzero()
     left = evaluation.MARGIN + 168 + 21  # of the second column

@@ -132,6 +132,17 @@ def test_padding_of_other_prompts_and_answers_does_not_leak(policy, prompts, rol
     torch.testing.assert_close(rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0)
 
 
+def test_features_of_a_frozen_tower_are_computed_once(policy, prompts, rollout, monkeypatch):
+    frozen = copy.deepcopy(prompts)
+    rarl.encode_images(policy, frozen)
+    expected, _ = rarl.logprobs(policy, prompts, rollout.ids, rollout.mask)
+    monkeypatch.setattr(policy.model.model.visual, "forward", None)  # whoever asks it again, fails
+    again = rarl.generate(policy, frozen, G, T, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(again.ids, rollout.ids)
+    logp, _ = rarl.logprobs(policy, frozen, rollout.ids, rollout.mask)
+    torch.testing.assert_close(logp, expected, atol=1e-6, rtol=0)
+
+
 def test_first_eos_counts_and_the_rest_is_masked(policy, prompts):
     # Push the policy to EOS half of the time: the state before the head is made to point at EOS's row.
     eager = copy.deepcopy(policy)
@@ -147,7 +158,7 @@ def test_first_eos_counts_and_the_rest_is_masked(policy, prompts):
         assert inside in ([], [length - 1])  # the first EOS is the answer's last token, and is in the mask
         assert inside == [length - 1] or length == 30
         ended += bool(inside)
-    assert 0 < ended
+    assert ended > 0
     assert (rollout.logp[~rollout.mask] == 0).all()
     # Rows were dropped on the way; the survivors still agree with the packed forward.
     logp, _ = rarl.logprobs(eager, prompts, rollout.ids, rollout.mask)
