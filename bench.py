@@ -55,6 +55,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 import grpo
 import rarl
@@ -141,9 +142,11 @@ class Job:
         return len(self.ids) // len(self.prompts)
 
     def use(self, way: str) -> None:
-        """Our attention or transformers' own, on the same weights."""
+        """Our attention and patch embedding or transformers' own, on the same weights."""
         for policy in filter(None, (self.policy, self.actor, self.reference)):
             policy.model.set_attn_implementation(rarl.ATTENTION if way == "ours" else "sdpa")
+            embed = rarl.PatchEmbed if way == "ours" else Qwen2_5_VisionPatchEmbed
+            policy.model.model.visual.patch_embed.__class__ = embed
 
     def rollout(self, way: str) -> Tensor:
         if way == "ours":

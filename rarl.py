@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
@@ -41,6 +42,14 @@ class ModelError(ValueError):
 # The policy
 
 
+class PatchEmbed(Qwen2_5_VisionPatchEmbed):
+    """transformers' patch embedding is a convolution whose stride is its kernel: a matrix product, only slower."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight  # (C, 3, temporal, patch, patch)
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))  # (S, 1176) -> (S, C)
+
+
 class Policy(nn.Module):
     """A Qwen2.5-VL with its tokenizer and image processor. Calling it is `logprobs`, so that FSDP's root hooks run."""
 
@@ -48,6 +57,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         model.set_attn_implementation(ATTENTION)
+        model.model.visual.patch_embed.__class__ = PatchEmbed  # same parameters under the same names
         self.eos_id: int = tokenizer.eos_token_id
         # Never sampled: every special token but EOS (image, vision, padding, chat marks), and the rows beyond the
         # tokenizer that pad the embedding matrix. None of them belongs in an answer; invisible in decoded text, they

@@ -278,8 +278,10 @@ class Learner:
         self.world, self.settings, self.policy = world, s, policy
         self.actor = policy
         if cuda or world.size > 1:
-            self.actor = copy.deepcopy(policy).requires_grad_(False).to(torch.bfloat16 if cuda else torch.float32)
-            self.actor.to(world.device)
+            self.actor = copy.deepcopy(policy).requires_grad_(False).to(world.device)
+            if cuda:
+                for parameter in self.actor.parameters():  # not the buffers: in bf16, rotary angles would be far off
+                    parameter.data = parameter.data.bfloat16()
         if s.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
             policy.train()  # transformers checkpoints in training mode only; there is no dropout that it could switch on

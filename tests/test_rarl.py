@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 import data
 import rarl
@@ -16,6 +17,7 @@ def full_forward(policy, prompt, answer, temperature=1.0):
     model = policy.model
     ids = torch.cat([prompt.ids, answer])[None]
     model.set_attn_implementation("sdpa")
+    model.model.visual.patch_embed.__class__ = Qwen2_5_VisionPatchEmbed
     try:
         logits = model(
             input_ids=ids,
@@ -26,6 +28,7 @@ def full_forward(policy, prompt, answer, temperature=1.0):
         ).logits[0, len(prompt.ids) - 1 : -1]
     finally:
         model.set_attn_implementation(rarl.ATTENTION)
+        model.model.visual.patch_embed.__class__ = rarl.PatchEmbed
     logits = (logits / temperature).masked_fill(policy.banned, -torch.inf)
     return logits.log_softmax(-1).gather(-1, answer[:, None]).squeeze(-1), logits
 
