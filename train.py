@@ -101,8 +101,8 @@ class Settings:
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     min_gap: float = setting(0.0, "labels in a prompt differ by at least this, where possible")
     # How much
-    steps1: int = setting(200, "rollouts of stage 1 (regression, one image); 0 skips the stage")
-    steps2: int = setting(120, "rollouts of stage 2 (joint, several images); 0 skips the stage")
+    steps1: int = setting(150, "rollouts of stage 1 (regression, one image); 0 skips the stage")
+    steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting((2, 4, 8), "numbers of images in a prompt of stage 2 [paper: up to 8]")
@@ -120,8 +120,8 @@ class Settings:
     rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of full marks")
     rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of full marks")
     # GRPO
-    lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
-    warmup: int = setting(5, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
+    lr: float = setting(5e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
+    warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
     weight_decay: float = setting(0.0, "weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
@@ -847,6 +847,7 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
             start = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * learning_rate(step, steps, s.warmup)
+            # rollout -> reward -> mutate -> advantage, then loss -> step
             batch, facts, memories = collect(learner, samples, prompts, weights, plan.budget, (stage, step), best)
             log = update(learner, optimizer, batch)
             learner.sync_actor()

@@ -158,7 +158,7 @@ def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path):
     newest.write_bytes(content)
     # Another setting would be another run; nothing is touched.
     done = run_train(tmp_path, "--resume", "--lr", "1e-5")
-    assert done.returncode == 1 and "--lr 0.0003, not 1e-05" in done.stderr
+    assert done.returncode == 1 and "--lr 0.0005, not 1e-05" in done.stderr
     done = run_train(tmp_path, "--resume")
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {Path(*checkpoints[-1].parts[-4:])} is damaged" in done.stderr
