@@ -39,7 +39,7 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
     "rmo_source": {"truth": TIGHT, "history": [*TIGHT, "--rmo-source", "history"]},
     "delta": {f"delta {d}": ["--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.3, 1, 3)},
-    "stages": {"two stages": [], "one stage": ["--steps1", "0", "--steps2", "150"]},  # about equal time
+    "stages": {"two stages": [], "one stage": ["--steps1", "0", "--steps2", "200"]},  # about equal time
 }
 
 

@@ -1,19 +1,22 @@
-"""Makes tiny/, the embedded policy: a Qwen2.5-VL of 1.6 M parameters that stands in for the pretrained model.
+"""Makes tiny/, the embedded policy: a Qwen2.5-VL of 1.9 M parameters that stands in for the pretrained model.
 
-    python tiny.py            # about 25 minutes on 2 CPU cores; writes tiny/ anew
+    python tiny.py            # about half an hour on 2 CPU cores; writes tiny/ anew
     python tiny.py --out X    # elsewhere
 
 RARL starts from a pretrained vision-language model: it sees well, it speaks JSON, and its numbers are poor. tiny/ is made to
 be just that, in a size that a laptop trains in minutes, and it is honest to say how:
 
   eyes    The vision tower learns to see dots and needles, by exact labels, through a linear head that is thrown away
-          afterwards. (Qwen's tower has seen billions of images; this one has seen some 400,000 drawings.)
+          afterwards. (Qwen's tower has seen billions of images; this one has seen 256,000 drawings.)
   mouth   The language model learns the answer format for 1 to 8 images by imitation of *bad* teachers: their values
           are coarse (rounded to 3, 8, 13, 18) and noisy (up to 4 off, any error as likely), and in half of their
-          lists the order has nothing to do with the values.
+          lists the order has nothing to do with the values. First lesson: those lists are in random order, from which
+          to learn which image a value belongs to; second lesson: in the prompt's order, from which to learn to name
+          every image once.
 
-So the policy answers in valid JSON, is right about the rough size of a number, and hardly ranks. That it nevertheless
-*could* do better, since its eyes are good, is what reinforcement learning is there to bring out.
+So the policy answers in valid JSON, is right about the rough size of a number, and lists the images in the order of the
+prompt. That it *could* do better, since its eyes are good and some lists that it imitated were sorted, is what
+reinforcement learning is there to bring out.
 
 The architecture is transformers' own Qwen2_5_VLForConditionalGeneration, with Qwen's image processor, special tokens,
 pre-tokenizer (digits one by one) and style of chat template; only the sizes are ours.
@@ -169,7 +172,7 @@ def bad_teacher(sample: data.Sample, rng: random.Random, shuffled: bool) -> str:
     return "[" + ", ".join(f'{{"image_id": {i}, "value": {v}}}' for v, i in entries) + "]"
 
 
-def teach_mouth(policy: rarl.Policy, steps: int, shuffled: bool, answers: int = 4, lr: float = 2e-3) -> None:
+def teach_mouth(policy: rarl.Policy, steps: int, shuffled: bool, lr: float, answers: int = 4) -> None:
     """Imitation: cross-entropy of several bad answers to each prompt, by the same packed forward that RL uses.
 
     shuffled  first lesson, lists in random order: only attention to the right image can tell its value.
@@ -215,14 +218,15 @@ def build_policy(seed: int = 0) -> rarl.Policy:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded policy tiny/ anew.")
     parser.add_argument("--out", default="tiny", help="folder to write (default: tiny)")
-    parser.add_argument("--eyes-steps", type=int, default=6000, help="steps that teach the vision tower")
-    parser.add_argument("--mouth-steps", type=int, default=3000, help="steps that teach the format")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--eyes-steps", type=int, default=4000, help="steps that teach the vision tower")
+    parser.add_argument("--mouth-steps", type=int, nargs=2, default=(2400, 1200), help="steps of the two lessons")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     args = parser.parse_args()
     policy = build_policy(args.seed)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     teach_eyes(policy, args.eyes_steps)
-    teach_mouth(policy, args.mouth_steps)
+    teach_mouth(policy, args.mouth_steps[0], shuffled=True, lr=2e-3)
+    teach_mouth(policy, args.mouth_steps[1], shuffled=False, lr=1e-3)
     rarl.save_policy(rarl.Policy(policy.model.bfloat16(), policy.tokenizer, policy.image_processor), args.out)
     size = sum(f.stat().st_size for f in Path(args.out).iterdir())
     print(f"wrote {args.out}/ ({size / 1e6:.1f} MB)")

@@ -102,10 +102,12 @@ class Settings:
     min_gap: float = setting(0.0, "labels in a prompt differ by at least this, where possible")
     # How much
     steps1: int = setting(150, "rollouts of stage 1 (regression, one image); 0 skips the stage")
-    steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
+    steps2: int = setting(144, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
-    images: tuple[int, ...] = setting((2, 4, 8), "numbers of images in a prompt of stage 2 [paper: up to 8]")
+    images: tuple[int, ...] = setting(
+        (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper: 1, 2, 4, 8]"
+    )
     # Reward
     delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)")
     w_reg: float = setting(1.0, "weight of R_reg")
@@ -159,7 +161,7 @@ class Settings:
 
 # What the paper states: AdamW, lr 1e-6, batch size 64, two stages, up to 8 images. Ours: all the rest, such as the numbers of
 # steps and the pixels; model and data root are the user's to give.
-PAPER = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (2, 4, 8), "steps1": 500, "steps2": 500,
+PAPER = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
          "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "eval_samples": 500}  # fmt: skip
 PRESETS = {name: PAPER | {"data": name, "name": name} for name in ("utkface", "coco", "ava")}
 
@@ -1016,6 +1018,9 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
     checkpoint = None
     if s.resume:
         check_resume(out, s)
+        if (out / "results.txt").exists():  # written last
+            print(f"the run in {out} is complete:\n\n{(out / 'results.txt').read_text()}")
+            return json.loads((out / "results.json").read_text())
         checkpoint = checkpoints.newest()
         if checkpoint is None and checkpoints.names():
             raise SettingError(f"--resume: {checkpoints.folder} holds no sound checkpoint; start without --resume")
