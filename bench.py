@@ -81,13 +81,17 @@ class BenchError(ValueError):
 # The usual way
 
 
-def repeated(policy, prompts, G: int, ids: Tensor | None = None, mask: Tensor | None = None) -> dict:
-    """Inputs of transformers' own forward: N = B*G rows [prompt, padded on the left | answer], pixels G times."""
+def repeated(policy, prompts, G: int, answers: tuple[Tensor, Tensor] | None = None) -> dict:
+    """Inputs of transformers' own forward: N = B*G rows [prompt, padded on the left | answer], pixels G times.
+
+    answers  their ids and mask, both (N, T); None: prompts alone
+    """
     P = max(len(p.ids) for p in prompts)
     left = lambda x: nn.functional.pad(x, (P - len(x), 0))
     rows = torch.stack([left(p.ids) for p in prompts]).repeat_interleave(G, 0).to(policy.device)  # (N, P)
     real = torch.stack([left(torch.ones_like(p.ids)) for p in prompts]).repeat_interleave(G, 0).to(policy.device)
-    if ids is not None:
+    if answers is not None:
+        ids, mask = answers
         rows, real = torch.cat([rows, ids], 1), torch.cat([real, mask.long()], 1)  # (N, P + T)
     return dict(
         input_ids=rows,
@@ -109,7 +113,7 @@ def usual_generate(policy, prompts, G: int, T: int) -> Tensor:
 def usual_logprobs(policy, prompts, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """-> (N, T) log-probs and entropies."""
     N, T = ids.shape
-    inputs = repeated(policy, prompts, N // len(prompts), ids, mask)
+    inputs = repeated(policy, prompts, N // len(prompts), (ids, mask))
     logits = policy.model(**inputs, logits_to_keep=T + 1, use_cache=False).logits  # (N, T+1, V)
     logits = logits.masked_fill_(policy.banned, -torch.inf)[:, :-1]  # in place: no second copy of the largest tensor
     logz = torch.stack([row.float().logsumexp(-1) for row in logits])  # (N, T)
@@ -153,7 +157,7 @@ class Job:
             return rarl.generate(self.actor, self.prompts, self.G, self.ids.shape[1]).ids
         return usual_generate(self.actor, self.prompts, self.G, self.ids.shape[1])
 
-    def update(self, way: str, reference: bool = False) -> list[Tensor]:
+    def update(self, way: str, reference: rarl.Policy | None = None) -> list[Tensor]:
         """Gradients of the GRPO loss, added to .grad. -> log-probs, micro-batch by micro-batch"""
         logprobs = rarl.logprobs if way == "ours" else usual_logprobs
         self.policy.train(self.policy.model.is_activation_checkpointing)  # it needs training mode; Qwen has no dropout
@@ -164,9 +168,9 @@ class Job:
             ids, mask, ref_logp = self.ids[rows], torch.ones_like(self.ids[rows], dtype=torch.bool), None
             with amp:
                 logp, _ = logprobs(self.policy, prompts, ids, mask)
-                if reference:
+                if reference is not None:
                     with torch.no_grad():
-                        ref_logp, _ = logprobs(self.reference, prompts, ids, mask)
+                        ref_logp, _ = logprobs(reference, prompts, ids, mask)
             loss, _ = grpo.grpo_loss(logp, None, ref_logp, self.advantages[rows], mask, denominator=len(self.ids))
             loss.backward()
             logps.append(logp.detach())
@@ -178,7 +182,7 @@ class Job:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.actor.parameters()), list(self.policy.parameters()))
         self.rollout(way)  # the update then scores `ids`, not what was sampled: the same answers in both ways
-        self.update(way, reference=self.reference is not None)
+        self.update(way, self.reference)
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -289,19 +293,20 @@ def decode_bytes(job: Job) -> float:
 
 def check_equality(job: Job) -> dict:
     """Log-probs of sampled answers, log-probs and gradients of the update: ours against the usual way."""
-    parameters, logps, ours = list(job.policy.parameters()), {}, []
+    gradients = lambda: [p.grad for p in job.policy.parameters() if p.grad is not None]
+    logps: dict[str, Tensor] = {}
+    ours: list[Tensor] = []  # gradients
     for way in WAYS:
         job.use(way)
         job.optimizer.zero_grad(set_to_none=False)
         logps[way] = torch.cat(job.update(way))
-        ours = ours or [p.grad.clone() for p in parameters]
+        ours = ours or [g.clone() for g in gradients()]
     norm = lambda tensors: (
         torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm().item()
     )
-    usual = norm(p.grad for p in parameters)
-    difference = norm(
-        a.sub_(p.grad) for a, p in zip(ours, parameters, strict=True)
-    )  # in place: 3 B gradients are large
+    usual = norm(gradients())
+    # In place: 3 B gradients are large.
+    difference = norm(a.sub_(b) for a, b in zip(ours, gradients(), strict=True))
     equality = {"logp": (logps["ours"] - logps["usual"]).abs().max().item(), "gradient": difference / usual}
     with torch.no_grad():
         few = job.prompts[: job.micro]
@@ -316,7 +321,8 @@ def check_equality(job: Job) -> dict:
 
 def measure(job: Job, parts, repeats: int) -> dict:
     """{part: {way: {median, min, max}, ratio}}; seconds, for memory bytes."""
-    device, results = job.policy.device, {}
+    device = job.policy.device
+    results: dict[str, dict] = {}
     for part in parts:
         run, repeat = (job.update, 1) if part == "memory" else (getattr(job, part), 1 + repeats)  # 1 is the warm-up
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -505,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = cast(policy, torch.float32) if "step" in args.parts and args.beta > 0 else None
     # lr is tiny: a step must cost what it costs, and leave the weights (nearly) what they were.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
-    machine = {
+    machine: dict = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "flops": matmul_peak(device, dtype),
@@ -514,7 +520,8 @@ def main(argv: list[str] | None = None) -> int:
         machine["bandwidth"] = bandwidth(device)
     print(f"{what}; {machine['device']}, {str(dtype)[6:]}")
 
-    runs, failed = [], False
+    runs: list[dict] = []
+    failed = False
     for value in args.values if args.sweep else [None]:
         if args.sweep:
             setattr(args, args.sweep, value)

@@ -759,10 +759,13 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
         task = dataclasses.replace(task, decimals=decimals, delta=delta or float(f"{(high - low) / 4:.3g}"))
         words |= {"{low}": format_value(low, decimals), "{high}": format_value(high, decimals)}
     name = task.name if "{group}" in task.name or not group else f"{task.name} {{group}}"  # groups stay apart
-    texts = {"name": name, "question": task.question, "order": task.order}
-    for word, value in words.items():
-        texts = {field: text.replace(word, value) for field, text in texts.items()}
-    return dataclasses.replace(task, **texts)
+
+    def fill(text: str) -> str:
+        for word, value in words.items():
+            text = text.replace(word, value)
+        return text
+
+    return dataclasses.replace(task, name=fill(name), question=fill(task.question), order=fill(task.order))
 
 
 def hash_split(name: str) -> str:

@@ -46,6 +46,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
@@ -605,6 +606,7 @@ def _arguments(argv):
 
 
 def main(argv=None):
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
     args = _arguments(argv)
     try:
         _check_model(args.model)
@@ -707,5 +709,5 @@ def _rank(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may hold bytes that are no text
     main()

@@ -155,11 +155,10 @@ def grpo_loss(
     token = mask.to(logp.dtype)  # (N, T)  1 per answer token
     length = token.sum(1, keepdim=True)  # (N, 1)
     num_tokens = length.sum()
-    if normalize == "sequence":
-        weight, count = token / length.clamp(min=1), len(logp)
-    else:
-        weight, count = token, num_tokens.clamp(min=1)
-    weight = weight / (count if denominator is None else denominator)  # (N, T)
+    weight = token / length.clamp(min=1) if normalize == "sequence" else token  # (N, T)
+    if denominator is None:
+        denominator = len(logp) if normalize == "sequence" else num_tokens.clamp(min=1)
+    weight = weight / denominator
 
     loss = policy_loss = (weight * policy).sum()
     measured = {

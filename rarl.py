@@ -53,12 +53,15 @@ class PatchEmbed(Qwen2_5_VisionPatchEmbed):
 class Policy(nn.Module):
     """A Qwen2.5-VL with its tokenizer and image processor. Calling it is `logprobs`, so that FSDP's root hooks run."""
 
+    eos_id: int
+    banned: Tensor  # (V,) bool, what is never sampled
+
     def __init__(self, model, tokenizer, image_processor):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         model.set_attn_implementation(ATTENTION)
         model.model.visual.patch_embed.__class__ = PatchEmbed  # same parameters under the same names
-        self.eos_id: int = tokenizer.eos_token_id
+        self.eos_id = tokenizer.eos_token_id
         # Never sampled: every special token but EOS (image, vision, padding, chat marks), and the rows beyond the
         # tokenizer that pad the embedding matrix. None of them belongs in an answer; invisible in decoded text, they
         # would let a policy hide garbage in an answer of perfect format.
@@ -101,7 +104,7 @@ def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", 
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return Policy(model.to(device).eval(), tokenizer, image_processor)
+    return Policy(model.eval(), tokenizer, image_processor).to(device)
 
 
 def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -268,7 +271,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def group_attention(
-    q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor, own_bias
+    q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor, own_bias: Tensor | float
 ) -> Tensor:
     """Attention of one new token of each answer to the shared prompt and to its own past, under one softmax.
 
@@ -293,17 +296,18 @@ def prefill(policy: Policy, prompts, group_size: int, length: int) -> tuple[Cach
     inputs = prompt_inputs(policy, prompts, 64 if policy.device.type in STATIC else 1)
     B, P, _ = inputs.embeds.shape
     language = policy.model.model.language_model
-    past = DynamicCache(config=policy.model.config.text_config)
-    hidden = language(
+    out = language(
         inputs_embeds=inputs.embeds,
         position_ids=inputs.positions,
         attention_mask={"full_attention": Packing(inputs.lengths, P, 0)},
-        past_key_values=past,
+        past_key_values=DynamicCache(config=policy.model.config.text_config),
         use_cache=True,
-    ).last_hidden_state  # (B, P, C)
+    )
+    hidden = out.last_hidden_state  # (B, P, C)
     last = hidden[torch.arange(B, device=hidden.device), inputs.lengths - 1]
-    prompt = [(layer.keys, layer.values) for layer in past.layers]  # keys are already rotated
-    own = [tuple(k.new_zeros(B, group_size, k.shape[1], length, k.shape[3]) for k in layer) for layer in prompt]
+    prompt = [(layer.keys, layer.values) for layer in out.past_key_values.layers]  # keys are already rotated
+    room = lambda x: x.new_zeros(B, group_size, x.shape[1], length, x.shape[3])  # (B, K, P, D) -> (B, G, K, T, D)
+    own = [(room(keys), room(values)) for keys, values in prompt]
     padding = torch.arange(P, device=hidden.device) >= inputs.lengths[:, None]  # (B, P)
     bias = torch.zeros(B, 1, 1, P, device=hidden.device).masked_fill(padding[:, None, None], -torch.inf)
     rotary = language.rotary_emb(hidden, answer_positions(inputs, length))
@@ -318,10 +322,12 @@ def decode_step(policy: Policy, cache: Cache, tokens: Tensor, t: int | Tensor) -
     """
     language = policy.model.model.language_model
     T = cache.own[0][0].shape[3]
-    place = t if isinstance(t, Tensor) else torch.tensor([t], device=tokens.device)
-    reach, own_bias = t, 0.0
+    own_bias: Tensor | float  # (T,) or 0
     if isinstance(t, Tensor):
-        reach, own_bias = T - 1, torch.where(torch.arange(T, device=t.device) > t, -torch.inf, 0.0)
+        place, reach = t, T - 1
+        own_bias = torch.where(torch.arange(T, device=t.device) > t, -torch.inf, 0.0)
+    else:
+        place, reach, own_bias = torch.tensor([t], device=tokens.device), t, 0.0
     cos, sin = (x.index_select(1, place)[:, :, None] for x in cache.rotary)  # (B, 1, 1, D)
     x = language.embed_tokens(tokens)  # (B, G, C)
     for layer, prompt, (keys, values) in zip(language.layers, cache.prompt, cache.own, strict=True):
@@ -362,7 +368,12 @@ class RecordedDecoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 hidden = self.run()
-            self.run = lambda: (graph.replay(), hidden)[1]
+
+            def replay() -> Tensor:
+                graph.replay()
+                return hidden  # the same memory at every step
+
+            self.run = replay
 
     def begin(self, cache: Cache) -> None:
         for ours, theirs in zip(self.cache.prompt + [self.cache.rotary], cache.prompt + [cache.rotary], strict=True):

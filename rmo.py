@@ -96,7 +96,7 @@ def mutate(
         return responses, mutated
 
     lowest = sorted(range(group_size), key=lambda i: (rewards[i], tie_break[i]))[:k]
-    pool = []
+    pool: list = []
     for i, pick in zip(lowest, picks, strict=True):
         pool = pool or list(references)
         responses[i] = pool.pop(int(pick * len(pool)))

@@ -44,11 +44,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -57,6 +60,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
@@ -175,6 +179,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--preset", choices=PRESETS, help="defaults of the paper's run on this data set, see PRESETS")
     for f in dataclasses.fields(Settings):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int if given
+        how: dict[str, Any]
         if kind is bool:
             how = {"action": "store_true"}
         else:
@@ -188,7 +193,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     for name in ("model", "data_root"):
         if preset and values[name] is None:
             raise SettingError(f"--preset {preset} needs --{name.replace('_', '-')}")
-    settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    settings = Settings(**given)
     check_settings(settings)
     return settings
 
@@ -319,7 +325,7 @@ class Learner:
         if self.actor is self.policy:
             return
         for ours, theirs in zip(self.actor.parameters(), self.policy.parameters(), strict=True):
-            ours.copy_(theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs)
+            ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda")
@@ -327,7 +333,7 @@ class Learner:
     def save(self, path: Path) -> None:
         """The float32 weights as a Hugging Face folder, written beside and renamed."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.policy, options=options)
+        state: dict[str, Any] = get_model_state_dict(self.policy, options=options)
         if self.world.main:
             beside = path.with_name(path.name + ".writing")
             shutil.rmtree(beside, ignore_errors=True)
@@ -502,7 +508,7 @@ def means(facts: list[dict[str, list]]) -> dict[str, float | None]:
     """Every rank's numbers -> their means over all; None where there is nothing to average."""
     joined = {name: [x for f in facts for x in f[name]] for name in facts[0]}
     spread = torch.tensor(joined["advantage"]).var(correction=0).item()
-    return {name: math.fsum(xs) / len(xs) if xs else None for name, xs in joined.items() if name != "advantage"} | {
+    return {name: sum(xs) / len(xs) if xs else None for name, xs in joined.items() if name != "advantage"} | {
         "advantage_var": spread
     }
 
@@ -588,26 +594,30 @@ def update(learner: Learner, optimizer, batch: Batch) -> dict:
             most = max(most, gap.max().item())
         norm = 0.0
         if lots:
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm)
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm)
+            norm = float(total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm)
         all_sums = world.gather((sums, most))
-        total = {name: math.fsum(part.get(name, 0.0) for part, _ in all_sums) for part, _ in all_sums for name in part}
+        total = {name: sum(part.get(name, 0.0) for part, _ in all_sums) for part, _ in all_sums for name in part}
         # The norm is the same on all ranks, and so is the sum: they skip together or not at all.
         log["bad"] = not (math.isfinite(norm) and math.isfinite(total.get("loss", 0.0)))
         if lots and not log["bad"]:
             optimizer.step()
         optimizer.zero_grad()
-        tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
-        per_token = {k: total[k] / tokens for k in ("entropy", "kl", "ratio", "clip_low", "clip_high") if k in total}
+        num_tokens, num_sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
+        per_token = {
+            k: total[k] / num_tokens for k in ("entropy", "kl", "ratio", "clip_low", "clip_high") if k in total
+        }
         if epoch == 0:
             log |= {"loss": total.get("loss", 0.0), "policy_loss": total.get("policy_loss", 0.0), "grad_norm": norm}
             log |= {k: per_token.get(k) for k in ("entropy", "kl", "ratio") if k != "kl" or reference is not None}
             # How far the update's log-probs are from those under which the answers were sampled: rounding, or a bug.
             log |= {
-                "logp_gap_mean": total["gap"] / sampled if sampled else None,
+                "logp_gap_mean": total["gap"] / num_sampled if num_sampled else None,
                 "logp_gap_max": max(m for _, m in all_sums),
             }
-            log["mutated_logp"] = total["mutated_logp"] / (tokens - sampled) if tokens > sampled else None
+            log["mutated_logp"] = (
+                total["mutated_logp"] / (num_tokens - num_sampled) if num_tokens > num_sampled else None
+            )
         else:  # how far the policy has moved from the one that sampled
             log |= {k: per_token.get(k) for k in ("ratio", "clip_low", "clip_high")}
         if log["bad"]:
@@ -665,19 +675,25 @@ class Checkpoints:
     def save(self, stage: int, step: int, learner: Learner, optimizer, extra: dict) -> None:
         name = f"{stage}-{step:07d}"
         beside = self.folder / f"{name}.writing"
-        if self.world.main:
+        try:
+            if self.world.main:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            self.world.barrier()
+            model, optim = get_state_dict(learner.policy, optimizer)
+            dcp.save({"model": model, "optimizer": optim}, checkpoint_id=beside, no_dist=self.world.size == 1)
+            if self.world.main:
+                (beside / "extra.json").write_text(json.dumps(extra))
+                files = sorted(p for p in beside.rglob("*") if p.is_file())
+                (beside / "checksums.json").write_text(json.dumps(checksums(beside, files)))
+                replace_folder(beside, self.folder / name)
+                for old in self.names()[self.keep :]:
+                    shutil.rmtree(self.folder / old)
+        except (OSError, CheckpointException) as error:  # a full disk, a read-only folder
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.world.barrier()
-        model, optim = get_state_dict(learner.policy, optimizer)
-        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=beside, no_dist=self.world.size == 1)
-        if self.world.main:
-            (beside / "extra.json").write_text(json.dumps(extra))
-            files = sorted(p for p in beside.rglob("*") if p.is_file())
-            (beside / "checksums.json").write_text(json.dumps(checksums(beside, files)))
-            replace_folder(beside, self.folder / name)
-            for old in self.names()[self.keep :]:
-                shutil.rmtree(self.folder / old)
+            good = next((f"the last good one is {self.folder / n}" for n in self.names()), "there is none before it")
+            reason = str(error).strip().splitlines()[-1]
+            raise SettingError(f"the checkpoint {self.folder / name} could not be written ({reason}); {good}") from None
         self.world.barrier()
 
     def damage(self, name: str) -> str | None:
@@ -708,7 +724,7 @@ class Checkpoints:
 
     def load(self, name: str, learner: Learner, optimizer) -> None:
         model, optim = get_state_dict(learner.policy, optimizer)
-        state = {"model": model, "optimizer": optim}
+        state: dict[str, Any] = {"model": model, "optimizer": optim}
         dcp.load(state, checkpoint_id=self.folder / name, no_dist=self.world.size == 1)
         set_state_dict(learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         learner.sync_actor()
@@ -736,7 +752,9 @@ class Watch:
     """Says once, plainly, when a run shows one of the paper's failure signatures. Thresholds are ours."""
 
     def __init__(self, steps: int = 20):
-        self.steps, self.logs, self.said = steps, [], set()
+        self.steps = steps
+        self.logs: list[dict] = []
+        self.said: set[str] = set()
 
     def __call__(self, log: dict, full: float) -> str | None:
         self.logs.append(log | {"full": full})
@@ -838,7 +856,7 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
     else:
         checkpoints.save(stage, 0, learner, optimizer, {"step": 0, "best": best, "bad": bad})
     watch = Watch()
-    metrics = open(out / "metrics.jsonl", "a") if world.main else contextlib.nullcontext()  # noqa: SIM115
+    metrics = open(out / "metrics.jsonl" if world.main else os.devnull, "a")  # noqa: SIM115
     progress = tqdm(
         range(first, steps), initial=first, total=steps, desc=f"stage {stage}", unit="step", disable=not world.main
     )
@@ -862,7 +880,7 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
             if log["bad"]:
                 keep_evidence(out / "bad_steps" / f"{stage}-{step:07d}-rank{world.rank}.json", samples, batch, log)
             if world.main:
-                metrics.write(json.dumps({"stage": stage, "step": step} | log) + "\n")
+                metrics.write(json.dumps(finite({"stage": stage, "step": step} | log)) + "\n")
                 metrics.flush()
                 with open(out / "timing.jsonl", "a") as timing:
                     timing.write(json.dumps({"stage": stage, "step": step, "seconds": time.time() - start}) + "\n")
@@ -907,7 +925,9 @@ def keep_evidence(path: Path, samples, batch: Batch, log: dict) -> None:
 def evaluate(name: str, learner: Learner, items, out: Path) -> dict[int, dict]:
     """The policy on held-out prompts with 1 and with `images` images -> metrics of each. Shared among the ranks."""
     s, world = learner.settings, learner.world
-    rows, samples, predictions = {}, [], []
+    rows: dict[int, dict] = {}
+    samples: list[data.Sample] = []
+    predictions: list[dict] = []
     for n in sorted({1, *s.images}):
         few = data.make_samples(items, n, s.eval_samples, min_gap=s.min_gap)
         mine = few[world.rank :: world.size]
@@ -955,6 +975,11 @@ def load_items(s: Settings) -> list[list[data.Item]]:
     return splits
 
 
+def free_name(path: Path) -> Path:
+    """path~1, path~2, ...: the first that does not exist."""
+    return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())
+
+
 def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkpoints) -> dict[str, dict[int, dict]]:
     """Make runs/NAME ready, on the main rank. -> results so far.
 
@@ -973,15 +998,14 @@ def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkp
         beside.rename(metrics)
     else:
         if s.stage == 2:
-            aside = next(f"stage2~{i}" for i in range(1, 10**6) if not (out / f"stage2~{i}").exists())
             if (out / "stage2").exists():
-                (out / "stage2").rename(out / aside)
+                (out / "stage2").rename(free_name(out / "stage2"))
             if metrics.exists():
                 metrics.write_text(
                     "".join(l for l in metrics.read_text().splitlines(True) if json.loads(l)["stage"] == 1)
                 )
         elif out.exists():
-            aside = next(a for i in range(1, 10**6) if not (a := out.with_name(f"{out.name}~{i}")).exists())
+            aside = free_name(out)
             out.rename(aside)
             print(f"the earlier {out} is now {aside}", file=sys.stderr)
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
@@ -1070,9 +1094,8 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # the tokenizer's threads and the image workers' fork do not mix
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the image workers' fork do not mix
     try:
         run(parse_settings(argv))
     except (SettingError, data.DataError, rarl.ModelError, OSError) as error:

@@ -165,6 +165,24 @@ def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path):
     assert (run / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
 
 
+def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(policy, tmp_path, monkeypatch):
+    learner = train.Learner(copy.deepcopy(policy), CPU, train.Settings())
+    optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.1)
+    checkpoints = train.Checkpoints(tmp_path, CPU, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(1, step, learner, optimizer, {"step": step})
+    assert checkpoints.names() == ["1-0000003", "1-0000002"]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.dcp, "save", full)
+    with pytest.raises(train.SettingError, match="No space left.*last good one is .*1-0000003"):
+        checkpoints.save(1, 4, learner, optimizer, {"step": 4})
+    assert checkpoints.names() == ["1-0000003", "1-0000002"] and checkpoints.newest() == "1-0000003"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1-0000002", "1-0000003"]  # no rubbish left
+
+
 def test_an_earlier_run_is_moved_aside(finished, tmp_path):
     earlier = tmp_path / "runs" / "rarl"
     earlier.mkdir(parents=True)
@@ -253,9 +271,10 @@ def test_preflight_refuses_what_would_corrupt_gradients(policy, monkeypatch):
             pytest.fail(what)
 
 
-# --- the update ------------------------------------------------------------------------------------------------------
-
 CPU = train.World(0, 1, torch.device("cpu"))
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
 
 
 def make_batch(policy, settings, mutate=0):
@@ -376,6 +395,19 @@ def test_activation_checkpointing_gives_the_same_gradients(policy):
         grads.append([p.grad for p in learner.policy.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_whatever_the_policy_writes_the_log_goes_on():
+    samples = data.make_samples(data.load_dataset("dots"), 2, 1)
+    huge = '[{"image_id": 1, "value": 1e308}, {"image_id": 2, "value": -1.7e308}]'
+    texts = [huge, huge, "[" * 10**5, '[{"image_id": 1, "value": NaN}]']
+    weights = train.Weights(1, 1, 1)
+    rewards = [train.score(text, samples[0], weights) for text in texts]
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    facts = train.rollout_facts(texts, rewards, samples, rarl.Rollout(mask.long(), mask, mask.float()))
+    log = train.means([facts | {"zero_spread": [False], "mutated": [False] * 4, "advantage": [0.0] * 4}])
+    assert log["mae"] > 1e300 and log["format"] == 0.5
+    assert json.loads(json.dumps(train.finite(log | {"loss": math.nan}), allow_nan=False))["loss"] is None
 
 
 def test_learning_rate_by_hand():
