@@ -30,7 +30,6 @@ import random
 import re
 import sys
 import textwrap
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -770,7 +769,8 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
 
 def hash_split(name: str) -> str:
     """train (70 %), val (10 %) or test (20 %) from a file's name alone, so new files never move old ones."""
-    place = zlib.crc32(name.encode("utf-8", "surrogateescape")) % 10
+    # A checksum such as CRC is not enough: on names that count up, it shares out unevenly.
+    place = int(hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) % 10
     return "train" if place < 7 else "val" if place == 7 else "test"
 
 

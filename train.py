@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -1095,6 +1096,7 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
 
 def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the image workers' fork do not mix
     try:
         run(parse_settings(argv))

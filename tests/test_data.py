@@ -300,7 +300,7 @@ def test_coco_reads_rem_and_real_layouts(tmp_path, coco):
     """COCO-ReM's files carry RLE and no crowds; with annotations of train and val, val is the test split.
 
     trainrem: images t0 ... t9, one cat each, the first outlined by RLE. valrem: v.jpg with 1 polygon and 1 RLE cat.
-    The ten names hash to (crc32 % 10, 7 is val): computed by hash_split itself, so only val and the rest are told apart.
+    The ten names hash to what hash_split itself computes, so only val and the rest are told apart.
     """
     root = tmp_path / "rem"
     rle = {"size": [48, 64], "counts": "abc"}
@@ -598,8 +598,8 @@ def test_adding_images_moves_none_between_splits(tmp_path):
     for split in data.SPLITS:
         assert {i.name for i in before[split]} <= {i.name for i in after[split]}
     assert sum(map(len, after.values())) == 80
-    # Fixed for ever: zlib.crc32 of a0.jpg ... a5.jpg ends in 8, 2, 4, 0, 2, 8.
-    assert [data.hash_split(f"a{i}.jpg") for i in range(6)] == ["test", "train", "train", "train", "train", "test"]
+    # Fixed for ever: the SHA-1 of a5.jpg ... a9.jpg, as a number, ends in 0, 1, 9, 2, 7.
+    assert [data.hash_split(f"a{i}.jpg") for i in range(5, 10)] == ["train", "train", "test", "train", "val"]
 
 
 # --- image files -----------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_an_earlier_run_is_moved_aside(finished, tmp_path):
         (["--lr", "nan"], "--lr nan must be positive"),
         (["--images", "0"], "--images (0,)"),
         (["--w-reg", "0", "--w-format", "0"], "both 0"),
-        (["--steps1", "0"], "--steps1 0 must be at least 1"),
+        (["--stage", "1", "--steps1", "0"], "--steps1 0 must not be negative, and not 0 with --stage 1"),
         (["--name", "../x"], "--name ../x must be a plain folder name"),
     ],
 )
