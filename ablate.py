@@ -106,18 +106,23 @@ def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Run one of the paper's experiments on the embedded default.")
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    argv, more = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        description="Run one of the paper's experiments on the embedded default.",
+        epilog="What stands after -- is given to train.py in every run.",
+    )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (set OMP_NUM_THREADS so that they fit)")
-    parser.add_argument("more", nargs="*", help="after --: further settings of train.py for every run")
     args = parser.parse_args(argv)
     for experiment in EXPERIMENTS if args.experiment == "all" else [args.experiment]:
         jobs = {}
         for variant, changes in EXPERIMENTS[experiment].items():
             for seed in args.seeds:
                 name = f"ablate-{experiment}-{slug(variant)}-{seed}"
-                jobs[variant, seed] = (name, [*changes, "--seed", str(seed), *args.more])
+                jobs[variant, seed] = (name, [*changes, "--seed", str(seed), *more])
         with ThreadPoolExecutor(args.jobs) as pool:  # threads that wait for processes
             outs = dict(zip(jobs, pool.map(lambda job: run_one(*job), jobs.values()), strict=True))
         rows = {v: [measure(outs[v, seed]) for seed in args.seeds] for v in EXPERIMENTS[experiment]}
