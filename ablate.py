@@ -10,19 +10,22 @@
     python ablate.py all --seeds 0 1 2
 
 Every variant is a full `train.py` run with a few settings changed, for every seed, in runs/ablate-EXPERIMENT-VARIANT-SEED. A
-run that is finished is not run again, so an interrupted ablation goes on where it stopped. The table shows the mean over
+run that is finished is not run again, so an interrupted ablation goes on with the run that it was at. The table shows the mean over
 seeds and the range (lowest to highest); three seeds are few, so read a difference smaller than the ranges as none.
 Whatever comes out is reported: the paper's own findings are on UTKFace with Qwen2.5-VL, these are drawings and a model
-ten-thousandth its size.
+two-thousandth of its size.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import train
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,13 +48,15 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
 
 def run_one(name: str, arguments: list[str]) -> Path:
     out = Path("runs") / name
-    if not (out / "results.txt").exists():
+    settings = json.loads(json.dumps(dataclasses.asdict(train.parse_settings(["--name", name, *arguments]))))
+    done = (out / "results.txt").exists() and json.loads((out / "settings.json").read_text()) == settings
+    if not done:
         log = out.with_suffix(".log")
         log.parent.mkdir(exist_ok=True)
         with open(log, "w") as file:
             command = [sys.executable, str(HERE / "train.py"), "--name", name, *arguments]
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
+            process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+        if process.returncode:
             raise SystemExit(f"ablate.py: {name} failed, see {log}")
     return out
 
@@ -91,8 +96,8 @@ def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path
     import matplotlib.pyplot as plt
 
     shown = [name for name in next(iter(rows.values()))[0] if name.startswith(("MAE", "tau"))]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.4), layout="constrained")
-    for axis, name in zip(axes, shown, strict=True):
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], shown, strict=True):
         for x, (variant, seeds) in enumerate(rows.items()):
             values = [row[name] for row in seeds]
             axis.bar(x, sum(values) / len(values), width=0.6, color=f"C{x}", alpha=0.55, label=variant)

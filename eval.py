@@ -1,9 +1,9 @@
 """How good is a policy, and what does it say of your own images? Metrics, the evaluation loop, the ranking of a folder,
 pictures of both, and a thin command line.
 
-    python eval.py --model runs/dots/stage2 --data dots --images 1 2 4 8
+    python eval.py --model runs/rarl/stage2 --data dots --images 1 2 4 8
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --data coco --data-root /data/coco --split val
-    python eval.py --model runs/dots/stage2 --data dots --rank a.jpg b.jpg c.jpg
+    python eval.py --model runs/rarl/stage2 --data dots --rank a.jpg b.jpg c.jpg
     python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --rank holiday/ \
         --question "How many people are in the photo?" --order "from the fewest people to the most"
 

@@ -239,6 +239,15 @@ class Rollout:
     logp: Tensor
 
 
+def concatenate(parts: list[Rollout], filler: int) -> Rollout:
+    """Rollouts of different prompts as one, padded to the longest."""
+    width = max(part.ids.shape[1] for part in parts)
+    join = lambda xs, value: torch.cat([F.pad(x, (0, width - x.shape[1]), value=value) for x in xs])
+    return Rollout(
+        join([p.ids for p in parts], filler), join([p.mask for p in parts], False), join([p.logp for p in parts], 0.0)
+    )
+
+
 @dataclass
 class Cache:
     """Keys and values of every layer: the prompt's once per group, the answers' own.
@@ -366,7 +375,7 @@ class RecordedDecoder:
                     self.run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 hidden = self.run()
 
             def replay() -> Tensor:
@@ -390,12 +399,12 @@ _RECORDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> 
 
 
 def recorded_decoder(policy: Policy, cache: Cache, tokens: Tensor) -> RecordedDecoder:
-    """The decoder for this shape, recorded at its first use. The four latest shapes are kept, for their memory."""
+    """The decoder for this shape, recorded at its first use. The two latest shapes are kept, for their memory."""
     decoders = _RECORDED.setdefault(policy, {})
     shape = (*cache.prompt[0][0].shape, *cache.own[0][0].shape)
     decoder = decoders.pop(shape, None) or RecordedDecoder(policy, cache, tokens)
     decoders[shape] = decoder  # now the latest
-    if len(decoders) > 4:
+    if len(decoders) > 2:
         del decoders[next(iter(decoders))]
     decoder.begin(cache)
     return decoder
@@ -447,10 +456,15 @@ def generate(
         if temperature == 0:
             token = logps.argmax(-1)
         else:
-            cumulative = logps.exp().cumsum(-1)
-            # First index whose cumulative probability exceeds u * total: a token of probability 0 is never hit.
+            cumulative = logps.double().exp().cumsum(-1)
+            # First index whose cumulative probability exceeds u * total: a token of probability 0 is not hit.
             u = uniform[rows[:, None], columns, t] * cumulative[..., -1]
-            token = torch.searchsorted(cumulative, u.unsqueeze(-1), right=True).squeeze(-1)
+            token = (
+                torch.searchsorted(cumulative, u.unsqueeze(-1), right=True).squeeze(-1).clamp(max=logps.shape[-1] - 1)
+            )
+            # Unless by rounding: a GPU's parallel sum need not grow strictly. One in 10^13, but it would be -inf.
+            impossible = logps.gather(-1, token.unsqueeze(-1)).squeeze(-1).isneginf()
+            token = torch.where(impossible, logps.argmax(-1), token)
         token = torch.where(alive, token, policy.eos_id)
         place = (rows[:, None], columns, t)
         ids[place], mask[place] = token, alive
@@ -520,6 +534,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         seen = torch.arange(P, device=query.device) < packing.lengths[:, None]  # (B, P)
         causal = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
         mask = torch.cat([seen[:, None].expand(-1, T, -1), causal.expand(B, -1, -1)], dim=2)  # (B, T, P+T)
+        if query.is_cuda:  # with a mask, the fused kernels want as many key heads as query heads
+            keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         answers = sdpa(rows(query), keys, values, attn_mask=mask.repeat_interleave(G, 0)[:, None])
         answers = answers.unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3)  # (B, H, G*T, D)
         out = torch.cat([out, answers], dim=2)

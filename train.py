@@ -151,6 +151,9 @@ class Settings:
     max_tokens_per_forward: int = setting(
         32768, "packed tokens, padding too, in one forward of the update: bounds its memory"
     )
+    rollout_batch: int = setting(
+        64, "prompts of a process that are encoded and decoded together: bounds the rollout's memory"
+    )
     activation_checkpointing: bool = setting(
         False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
     )
@@ -182,7 +185,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int if given
         how: dict[str, Any]
         if kind is bool:
-            how = {"action": "store_true"}
+            how = {"action": argparse.BooleanOptionalAction}
         else:
             many = kind == tuple[int, ...]
             how = {"type": int if many else kind, "nargs": "+" if many else None, "choices": f.metadata.get("choices")}
@@ -194,15 +197,48 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     for name in ("model", "data_root"):
         if preset and values[name] is None:
             raise SettingError(f"--preset {preset} needs --{name.replace('_', '-')}")
+    if values["resume"]:
+        words = sys.argv[1:] if argv is None else argv
+        typed = {w.split("=")[0].removeprefix("--").replace("-", "_") for w in words if w.startswith("--")}
+        values = resumed_settings(values, typed)
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = Settings(**given)
     check_settings(settings)
     return settings
 
 
+def resumed_settings(values: dict, typed: set[str]) -> dict:
+    """A resumed run is the same run: its settings are those it was started with.
+
+    Settings that change no number may be given anew; any other one that was typed must be the same.
+    """
+    file = Path("runs") / values["name"] / "settings.json"
+    if not file.is_file():
+        raise SettingError(f"--resume: there is no run in {file.parent}")
+    free = {
+        "resume",
+        "device",
+        "workers",
+        "checkpoint_every",
+        "keep",
+        "eval_batch_size",
+        "max_bad_steps",
+        "rollout_batch",
+    }
+    saved = json.loads(file.read_text())
+    for name in sorted(typed & (values.keys() - free)):
+        new = list(values[name]) if isinstance(values[name], tuple) else values[name]
+        if saved[name] != new:
+            raise SettingError(
+                f"--resume: the run in {file.parent} has --{name.replace('_', '-')} {saved[name]}, not {new}; "
+                "leave it out, or start a run of another --name"
+            )
+    return saved | {name: values[name] for name in typed & free}
+
+
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
-    at_least_1 = ("batch_size", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
+    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "min_gap")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature")
     rules = [
@@ -287,13 +323,13 @@ class Learner:
         self.world, self.settings, self.policy = world, s, policy
         self.actor = policy
         if cuda or world.size > 1:
-            self.actor = copy.deepcopy(policy).requires_grad_(False).to(world.device)
+            self.actor = copy.deepcopy(policy).requires_grad_(False)
             if cuda:
                 for parameter in self.actor.parameters():  # not the buffers: in bf16, rotary angles would be far off
                     parameter.data = parameter.data.bfloat16()
+            self.actor.to(world.device)
         if s.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
-            policy.train()  # transformers checkpoints in training mode only; there is no dropout that it could switch on
         self.shard(policy)
         self.reference: rarl.Policy | None = None
 
@@ -305,19 +341,21 @@ class Learner:
         mesh = init_device_mesh(world.device.type, (world.size,))
         precision = MixedPrecisionPolicy()
         if world.device.type == "cuda":
-            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            # Inputs are left alone: the vision tower's rotary angles come in float32, and lose in bf16.
+            precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         layers = [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]
         for module in [*layers, policy]:
             fully_shard(module, mesh=mesh, mp_policy=precision)
 
     def set_reference(self) -> None:
-        """The reference becomes what the policy is now (the actor holds the same weights, whole)."""
+        """The reference becomes what the policy is now."""
+        self.reference = None  # frees the last stage's first
         if self.settings.beta == 0:
             return
-        if self.world.size == 1:
-            self.reference = copy.deepcopy(self.actor).requires_grad_(False)
-        else:
-            self.reference = copy.deepcopy(self.actor).float().cpu().requires_grad_(False)
+        if self.world.size == 1:  # computed with exactly as the policy is: their KL begins at 0
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        else:  # the actor holds the same weights whole
+            self.reference = copy.deepcopy(self.actor).cpu().requires_grad_(False)
             self.shard(self.reference)
 
     @torch.no_grad()
@@ -329,7 +367,8 @@ class Learner:
             ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
     def autocast(self):
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda")
+        # No cache: it would hold a bf16 copy of all weights; each is used once in a forward anyway.
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda", cache_enabled=False)
 
     def save(self, path: Path) -> None:
         """The float32 weights as a Hugging Face folder, written beside and renamed."""
@@ -415,7 +454,7 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     """rollout -> reward -> mutate -> advantage, on this rank's prompts. -> batch, what to log, RMO's new memories.
 
     place  (stage, step): with the seed and a prompt's number in the batch it fixes all random draws
-    best   RMO's history: a prompt's images -> (best earlier answer, its reward)
+    best   RMO's history: an image's name -> (smallest error of an earlier answer about it, the value it gave)
     """
     s, actor, world = learner.settings, learner.actor, learner.world
     B, G = len(samples), s.group_size
@@ -425,7 +464,11 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     if s.freeze_vision:
         rarl.encode_images(actor, prompts)  # once for the rollout, the update and the reference
     generators = [torch.Generator().manual_seed(seed_of(s.seed, *place, b)) for b in numbers]
-    rollout = rarl.generate(actor, prompts, G, budget, s.temperature, generators)
+    parts = []
+    for b in range(0, B, s.rollout_batch):
+        lot = slice(b, b + s.rollout_batch)
+        parts.append(rarl.generate(actor, prompts[lot], G, budget, s.temperature, generators[lot]))
+    rollout = rarl.concatenate(parts, actor.eos_id)
     texts = rarl.decode(actor, rollout.ids, rollout.mask)
 
     # reward
@@ -436,14 +479,14 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
 
     # mutate
     mutated = torch.zeros(B, G, dtype=torch.bool)
-    memories = {}
+    memories: dict = {}
     for b, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
-        full, key = weights.full_marks(len(sample.items)), "|".join(item.name for item in sample.items)
-        known = best.get(key, ("", 0.0))
-        references = [data.reference_answer(sample)] if s.rmo_source == "truth" else [known[0]] if known[1] > 0 else []
-        top = int(totals[b].argmax())
-        if s.rmo_source == "history" and totals[b, top] > known[1]:
-            memories[key] = (texts[b * G + top], totals[b, top].item())
+        full = weights.full_marks(len(sample.items))
+        if s.rmo_source == "truth":
+            references = [data.reference_answer(sample)]
+        else:
+            references = recall(best, sample)
+            remember(memories, sample, texts[b * G : (b + 1) * G])
         texts[b * G : (b + 1) * G], changed = rmo.mutate(
             texts[b * G : (b + 1) * G],
             totals[b],
@@ -467,6 +510,27 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     advantages = grpo.group_advantages(totals).float()
     facts["advantage"] = advantages.flatten().tolist()
     return Batch(prompts, ids, mask, logp, mutated, advantages, texts), facts, memories
+
+
+def remember(memories: dict, sample: data.Sample, texts: list[str]) -> None:
+    """Keep the best value that the policy's own answers gave for each image. Smallest (error, value): no ties."""
+    for text in texts:
+        for image, value in reward.parse_response(text, len(sample.items)) or []:
+            item = sample.items[image - 1]
+            memory = (abs(value - item.label), value)
+            memories[item.name] = min(memory, tuple(memories.get(item.name, memory)))
+
+
+def recall(best: dict, sample: data.Sample) -> list[str]:
+    """The answer made of the best earlier values of the sample's images; none if one of them earned nothing yet.
+
+    Whole earlier answers would hardly ever serve: a prompt of several random images does not come twice.
+    """
+    known = [best.get(item.name, (math.inf, 0.0)) for item in sample.items]
+    if any(error >= sample.task.delta for error, _ in known):
+        return []
+    entries = sorted((value, i) for i, (_, value) in enumerate(known, start=1))
+    return ["[" + ", ".join(f'{{"image_id": {i}, "value": {value:g}}}' for value, i in entries) + "]"]
 
 
 def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -551,6 +615,8 @@ def update(learner: Learner, optimizer, batch: Batch) -> dict:
     real = len(lots)
     lots += [lots[0] if lots else [0]] * (max(e["lots"] for e in everywhere) - real)
 
+    # transformers checkpoints activations in training mode only; there is no dropout that this could switch on.
+    policy.train(s.activation_checkpointing)
     old_logps: list[Tensor] = []  # per lot, from the first pass: the policy before the first update
     log: dict = {"bad": False}
     for epoch in range(s.updates):
@@ -623,6 +689,7 @@ def update(learner: Learner, optimizer, batch: Batch) -> dict:
             log |= {k: per_token.get(k) for k in ("ratio", "clip_low", "clip_high")}
         if log["bad"]:
             break
+    policy.eval()
     return log
 
 
@@ -659,6 +726,17 @@ def checksums(folder: Path, files: list[Path]) -> dict[str, int]:
     return sums
 
 
+def make_state(policy: rarl.Policy, optimizer) -> None:
+    """Make the optimiser's state now, so that a checkpoint has something to save and to load into.
+
+    get_state_dict does it by a step with lr 0, which counts: Adam would take the first real step for its second.
+    """
+    get_state_dict(policy, optimizer)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
 class Checkpoints:
     """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
 
@@ -693,7 +771,10 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:  # a full disk, a read-only folder
             shutil.rmtree(beside, ignore_errors=True)
             good = next((f"the last good one is {self.folder / n}" for n in self.names()), "there is none before it")
-            reason = str(error).strip().splitlines()[-1]
+            causes = (
+                [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            )
+            reason = "; ".join(map(str, causes))
             raise SettingError(f"the checkpoint {self.folder / name} could not be written ({reason}); {good}") from None
         self.world.barrier()
 
@@ -841,19 +922,24 @@ def make_plan(stage: int, policy: rarl.Policy, items: list[data.Item], s: Settin
     return Plan(stage, steps, sampler, weights, budget)
 
 
-def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None, stop: Stop) -> None:
-    """Run one stage: the loop of the method, and around it what keeps days of work safe."""
+def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None, stop: Stop, best: dict) -> None:
+    """Run one stage: the loop of the method, and around it what keeps days of work safe.
+
+    best  RMO's history, extended in place
+    """
     s, world = learner.settings, learner.world
     stage, steps, weights = plan.stage, plan.steps, plan.weights
     checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
     trained = [p for p in learner.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    make_state(learner.policy, optimizer)
     learner.set_reference()  # before a checkpoint is loaded: the policy as the stage began
-    first, best, bad = 0, {}, 0
+    first, bad = 0, 0
     if resume_from:
         checkpoints.load(resume_from, learner, optimizer)
         extra = checkpoints.extra(resume_from)
-        first, best, bad = extra["step"], extra["best"], extra["bad"]
+        first, bad = extra["step"], extra["bad"]
+        best |= extra["best"]
     else:
         checkpoints.save(stage, 0, learner, optimizer, {"step": 0, "best": best, "bad": bad})
     watch = Watch()
@@ -874,7 +960,7 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
             learner.sync_actor()
             everywhere = world.gather((facts, memories, stop.signal))
             for _, memory, _ in everywhere:
-                best |= memory
+                best |= {name: min(new, tuple(best.get(name, new))) for name, new in memory.items()}
             log = {"images": len(samples[0].items)} | means([f for f, _, _ in everywhere]) | log
 
             bad = bad + 1 if log["bad"] else 0
@@ -898,6 +984,8 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
                 )
             killed = max(number for _, _, number in everywhere)
             if killed or (step + 1 < steps and (step + 1) % s.checkpoint_every == 0):
+                if world.main:
+                    os.fsync(metrics.fileno())  # the log must not be older than the checkpoint
                 checkpoints.save(stage, step + 1, learner, optimizer, {"step": step + 1, "best": best, "bad": bad})
             if killed:
                 progress.close()
@@ -984,52 +1072,42 @@ def free_name(path: Path) -> Path:
 def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkpoints) -> dict[str, dict[int, dict]]:
     """Make runs/NAME ready, on the main rank. -> results so far.
 
-    Fresh: whatever lies there is moved to NAME~1, ~2, ...; nothing is overwritten. Stage 2 alone: only what stage 2 made
-    is moved. Resumed: the metrics' lines from the checkpoint's step on are taken back, they will be written again.
+    Fresh: whatever lies there is moved to NAME~1, ~2, ...; nothing is overwritten. Stage 2 alone: only what an earlier
+    stage 2 made gives way, its policy to stage2~1. Resumed: the metrics' lines from the checkpoint's step on are taken
+    back, they will be written again.
     """
-    metrics, results = out / "metrics.jsonl", out / "results.json"
-    if checkpoint:
-        extra = checkpoints.extra(checkpoint)
-        place = int(checkpoint[0]), extra["step"]
-        lines = metrics.read_text().splitlines(keepends=True)
+    metrics, results, whole = out / "metrics.jsonl", out / "results.json", out / "results.txt"
+
+    def take_back(place: tuple[int, int]) -> None:
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         sound = [l for l in lines if l.endswith("\n")]  # a killed process may have left half a line
         before = [l for l in sound if ((d := json.loads(l))["stage"], d["step"]) < place]
         beside = metrics.with_name("metrics.writing")
         beside.write_text("".join(before))
         beside.rename(metrics)
+
+    known = json.loads(results.read_text()) if results.exists() else {}
+    if checkpoint:
+        take_back((int(checkpoint[0]), checkpoints.extra(checkpoint)["step"]))
+    elif s.stage == 2:
+        if (out / "stage2").exists():
+            (out / "stage2").rename(free_name(out / "stage2"))
+        whole.unlink(missing_ok=True)
+        known.pop("stage 2", None)
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        take_back((2, 0))
     else:
-        if s.stage == 2:
-            if (out / "stage2").exists():
-                (out / "stage2").rename(free_name(out / "stage2"))
-            if metrics.exists():
-                metrics.write_text(
-                    "".join(l for l in metrics.read_text().splitlines(True) if json.loads(l)["stage"] == 1)
-                )
-        elif out.exists():
+        if out.exists():
             aside = free_name(out)
             out.rename(aside)
             print(f"the earlier {out} is now {aside}", file=sys.stderr)
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        metrics.touch()
-        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
-    known = json.loads(results.read_text()) if results.exists() else {}
+        out.mkdir(parents=True)
+        known = {}
+    if not checkpoint:
+        saved = dataclasses.asdict(s) | {"resume": False}
+        (out / "settings.json").write_text(json.dumps(saved, indent=2) + "\n")
     nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
     return {stage: {int(n): nan(row) for n, row in rows.items()} for stage, rows in known.items()}
-
-
-def check_resume(out: Path, s: Settings) -> None:
-    """A resumed run must be the same run: only settings that do not change its numbers may differ."""
-    if not (out / "settings.json").is_file():
-        raise SettingError(f"--resume: there is no run in {out}")
-    free = {"resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps"}
-    before = json.loads((out / "settings.json").read_text())
-    for name, value in json.loads(json.dumps(dataclasses.asdict(s))).items():
-        if name not in free and before.get(name) != value:
-            raise SettingError(
-                f"--resume: the run in {out} has --{name.replace('_', '-')} {before.get(name)}, not {value}: "
-                "give the settings that it was started with"
-            )
 
 
 def run(s: Settings) -> dict[str, dict[int, dict]]:
@@ -1042,7 +1120,6 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
     checkpoints = Checkpoints(out / "checkpoints", world, s.keep)
     checkpoint = None
     if s.resume:
-        check_resume(out, s)
         if (out / "results.txt").exists():  # written last
             print(f"the run in {out} is complete:\n\n{(out / 'results.txt').read_text()}")
             return json.loads((out / "results.json").read_text())
@@ -1070,6 +1147,7 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
     results = open_run(out, s, checkpoint, checkpoints) if world.main else {}
     learner = Learner(policy, world, s)
     stop = Stop()
+    best: dict = {}
 
     def report(name: str) -> None:
         rows = evaluate(name.replace(" ", ""), learner, test_items, out)
@@ -1083,7 +1161,7 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
     if begun_with not in world.gather(results)[0]:
         report(begun_with)
     for plan in plans:
-        train_stage(plan, learner, out, checkpoint if plan.stage == at else None, stop)
+        train_stage(plan, learner, out, checkpoint if plan.stage == at else None, stop, best)
         learner.save(out / f"stage{plan.stage}")
         report(f"stage {plan.stage}")
     if world.main:
@@ -1101,10 +1179,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_settings(argv))
     except (SettingError, data.DataError, rarl.ModelError, OSError) as error:
+        if dist.is_initialized():  # the others may wait in a collective: leave at once, torchrun ends them
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
         sys.exit(f"train.py: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
