@@ -214,7 +214,7 @@ class Sampler:
         order = list(self.images)
         random.Random(f"images {self.seed} {cycle}").shuffle(order)
         num_images = order[place]
-        if num_images == 1:  # epochs: every item once before any item twice
+        if num_images == 1:  # epochs: where all steps have one image, every item once before any item twice
             first = step * self.batch_size
             return [Sample((self._epoch_item(first + i),)) for i in range(self.batch_size)]
         rng = random.Random(f"samples {self.seed} {step}")
