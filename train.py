@@ -1055,12 +1055,19 @@ def results_table(results: dict[str, dict[int, dict]]) -> str:
 
 
 def load_items(s: Settings) -> list[list[data.Item]]:
-    """The items of train and test; DataError if one of them has too few for a prompt."""
+    """The items of train and test; DataError if one of them has too few for a prompt, or an image cannot be read.
+
+    Every image is decoded once beforehand where they are few enough for that to take a minute at most. Of larger data
+    sets, an unreadable image stops the run when its turn comes, with a checkpoint behind it; or use --skip-bad.
+    """
     overrides = {name: getattr(s, name) for name in ("question", "order", "delta", "decimals")}
     splits = data.load_splits(s.data, s.data_root, ("train", "test"), overrides, s.skip_bad)
     for items in splits:
         for n in {1, *s.images}:
             data.make_pools(items, n)
+    files = [item for items in splits for item in items if item.path is not None]
+    if len(files) <= 5000 and (broken := data.unreadable(files)):
+        raise data.DataError(f"{next(iter(broken.values()))}; {len(broken)} such in all, --skip-bad leaves them out")
     return splits
 
 

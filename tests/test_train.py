@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
@@ -287,6 +288,23 @@ def test_bad_input_ends_in_one_sentence_before_training(tmp_path, monkeypatch, a
         train.main([*SMALL, "--eval-samples", "1", *arguments])
     assert str(error.value).startswith("train.py: ") and message in str(error.value)
     assert not list(tmp_path.rglob("stage*"))
+
+
+def test_an_unreadable_image_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(40):
+        (tmp_path / "photos" / str(i % 5)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 60), (6 * i, 0, 0)).save(tmp_path / "photos" / str(i % 5) / f"{i}.png")
+    broken = data.load_dataset("folder", "photos", "train")[0].path
+    broken.write_bytes(broken.read_bytes()[:60])
+    arguments = [*SMALL, "--steps1", "1", "--steps2", "1", "--images", "2", "--eval-samples", "2", "--batch-size", "2"]
+    arguments += ["--data", "folder", "--data-root", "photos"]
+    with pytest.raises(SystemExit) as error:
+        train.main(arguments)
+    assert f"{broken} cannot be read" in str(error.value) and "--skip-bad" in str(error.value)
+    assert not (tmp_path / "runs").exists()
+    train.main([*arguments, "--skip-bad"])
+    assert (tmp_path / "runs" / "rarl" / "results.txt").exists()
 
 
 def test_preflight_refuses_what_would_corrupt_gradients(policy, monkeypatch):
