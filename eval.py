@@ -609,17 +609,10 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     args = _arguments(argv)
     try:
-        _check_model(args.model)
+        rarl.check_path(args.model)
         _rank(args) if args.rank else _evaluate(args)
     except (data.DataError, rarl.ModelError, OSError) as error:  # the user's; a bug keeps its traceback
         raise SystemExit(f"eval.py: {error}") from None
-
-
-def _check_model(model):
-    # A mistyped folder of two parts, runs/dosts, looks like a hub id: asking there takes long and misleads.
-    path = Path(model)
-    if not path.exists() and ("runs" in path.parts or path.parent.is_dir()):
-        raise rarl.ModelError(f"model folder {path} does not exist")
 
 
 def _output(args, *name):

@@ -79,6 +79,18 @@ class Policy(nn.Module):
         return _packed_logprobs(self, prompts, ids, mask, temperature)
 
 
+def check_path(path: str) -> None:
+    """Raise ModelError for what is neither a folder nor can be a hub id: asking the hub for it takes long and misleads.
+
+    "owner/name" may be a hub id; not if there is a folder `owner` here, or it is runs/, where training writes: then
+    `name` was mistyped.
+    """
+    owner = os.path.dirname(path)
+    mistyped = path.count("/") != 1 or path[0] in "./~" or os.path.exists(owner) or owner == "runs"
+    if mistyped and not os.path.isdir(path):
+        raise ModelError(f"model folder {path} does not exist")
+
+
 def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype=torch.float32) -> Policy:
     """A policy from a Hugging Face folder or hub id (Qwen2.5-VL: config, safetensors, tokenizer, image processor).
 
@@ -86,10 +98,8 @@ def load_policy(path_or_hub_id: str | Path, device: str | torch.device = "cpu", 
     from safetensors only. Raises ModelError when something is missing or the model is of another kind.
     """
     path = str(path_or_hub_id)
+    check_path(path)
     local = os.path.isdir(path)
-    # "a/b" may be a hub id; not if there is a folder a here, though: then b was mistyped.
-    if not local and (path.count("/") != 1 or path[0] in "./~" or os.path.exists(os.path.dirname(path))):
-        raise ModelError(f"model folder {path} does not exist")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
