@@ -23,11 +23,13 @@ What would be unfair, and what is done about it:
   3. Unequal precision. As train.py does, both sample from a copy of the weights in `--dtype`, and both update float32
      weights under autocast to it.
   4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared; beyond tolerance the exit
-     status is 1. The tolerance is 1e-5 in float32; in bfloat16 it is that of the format.
+     status is 1. The tolerance is that of the format: 5e-5 in float32, where each of the two ways is about 1e-5 away from
+     float64 on tiny's random answers with G = 16.
   5. A memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU, where resident memory keeps what
      was freed, the profiler's log of every allocation and release is added up: the same quantity.
-  6. A machine that others use: the spread is printed, and the ratio of the best runs beside that of the medians. A shape that suits us: long prompts and short answers are RARL's
-     shape; with short prompts or G = 1 there is little to share, as --images 1 --group 1 shows.
+  6. A machine that others use: the spread is printed, and the ratio of the best runs beside that of the medians.
+  7. A shape that suits us: long prompts and short answers are RARL's shape; with short prompts or G = 1 there is little to
+     share, as --images 1 --group 1 shows.
 
 "of peak": FLOPs that the update must do over time over those of a large matmul, measured here. Forward and backward are 3
 times the forward; a linear layer costs 2 x weights x tokens (prompt tokens once per group, answer tokens, patches), attention
@@ -64,7 +66,7 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("rollout", "update", "step", "memory")
 WAYS = ("ours", "usual")
 SHARES = ("of_peak", "of_bandwidth")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # log-probs (relative beyond 1), gradients relative (norms)
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 0.1}  # log-probs (relative beyond 1), gradients relative (norms)
 SHAPES = {  # config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct
     "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
                num_key_value_heads=2, vocab_size=151936),

@@ -43,11 +43,16 @@ class ModelError(ValueError):
 
 
 class PatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """transformers' patch embedding is a convolution whose stride is its kernel: a matrix product, only slower."""
+    """transformers' patch embedding is a convolution whose stride is its kernel: a matrix product, only slower.
 
-    def forward(self, patches: Tensor) -> Tensor:
-        weight = self.proj.weight  # (C, 3, temporal, patch, patch)
-        return F.linear(patches.to(weight.dtype), weight.flatten(1))  # (S, 1176) -> (S, C)
+    It also takes a list of pixels, one of each prompt: joined before they are embedded, they would be the largest
+    tensor of a rollout.
+    """
+
+    def forward(self, pixels: Tensor | list[Tensor]) -> Tensor:
+        weight = self.proj.weight.flatten(1)  # (C, 3, temporal, patch, patch) -> (C, 1176)
+        parts = [pixels] if isinstance(pixels, Tensor) else pixels
+        return torch.cat([F.linear(part.to(weight.device, weight.dtype), weight) for part in parts])  # (S, C)
 
 
 class Policy(nn.Module):
@@ -167,18 +172,18 @@ def rope_positions(ids: Tensor, grid: Tensor, image_token: int, merge: int) -> T
 
 
 def image_features(policy: Policy, prompts) -> list[Tensor]:
-    """One pass of the vision tower over all images of all prompts -> for each image (its tokens, C)."""
-    pixels = torch.cat([p.pixels for p in prompts]).to(policy.device)
-    grid = torch.cat([p.grid for p in prompts]).to(policy.device)
-    return policy.model.model.get_image_features(pixels, grid).pooler_output
+    """One pass of the vision tower over all images of all prompts -> for each prompt (its image tokens, C)."""
+    visual = policy.model.model.visual
+    grid = torch.cat([p.grid for p in prompts])
+    features = visual([p.pixels for p in prompts], grid.to(policy.device)).pooler_output  # (image tokens of all, C)
+    return features.split([int(p.grid.prod(1).sum()) // visual.spatial_merge_size**2 for p in prompts])
 
 
 @torch.no_grad()
 def encode_images(policy: Policy, prompts) -> None:
     """Give each prompt its `features`, which then stand for its pixels. Only for a vision tower that is not trained."""
-    features = iter(image_features(policy, prompts))
-    for prompt in prompts:
-        prompt.features = torch.cat([next(features) for _ in prompt.grid])
+    for prompt, features in zip(prompts, image_features(policy, prompts), strict=True):
+        prompt.features = features
 
 
 @dataclass
@@ -208,11 +213,8 @@ def prompt_inputs(policy: Policy, prompts, multiple: int = 1) -> PromptInputs:
     following = torch.stack([positions[:, b, : len(p.ids)].max() + 1 for b, p in enumerate(prompts)])
     ids = ids.to(device)
     embeds = model.language_model.embed_tokens(ids)  # (B, P, C)
-    # (image tokens of all prompts, C)
-    if all(getattr(p, "features", None) is not None for p in prompts):
-        features = torch.cat([p.features for p in prompts])
-    else:
-        features = torch.cat(image_features(policy, prompts))
+    encoded = all(getattr(p, "features", None) is not None for p in prompts)
+    features = torch.cat([p.features for p in prompts] if encoded else image_features(policy, prompts))
     is_image = (ids == config.image_token_id).unsqueeze(-1)
     # Row-major order of the placeholders is the order of the images: prompt by prompt, image by image.
     embeds = embeds.masked_scatter(is_image, features.to(embeds.dtype))
@@ -562,11 +564,14 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         bounds, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)[None], None
-    out = torch.empty_like(q)
     start, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    if (lengths == lengths[0]).all():  # equal windows (images of one size, most often) lie side by side already
+        windows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # (windows, H, length, D)
+        return F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2).flatten(0, 1)[None], None
+    out = torch.empty_like(q)
     for length in lengths.unique():
         tokens = start[lengths == length, None] + torch.arange(int(length), device=q.device)  # (windows, length)
-        windows = (x[tokens].transpose(1, 2) for x in (q, k, v))  # (windows, H, length, D)
+        windows = (x[tokens].transpose(1, 2) for x in (q, k, v))
         out[tokens] = F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2)
     return out[None], None
 

@@ -135,6 +135,20 @@ def test_padding_of_other_prompts_and_answers_does_not_leak(policy, prompts, rol
     torch.testing.assert_close(rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [4, 9, 4, 1, 9], [5]])
+def test_windows_see_themselves_only(lengths):
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)]  # (1, H, S, D)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    out, _ = rarl.window_attention(None, *qkv, None, scaling=0.3, cu_seq_lens_q=bounds)
+    start = 0
+    for length in lengths:
+        q, k, v = (x[0, :, start : start + length] for x in qkv)
+        alone = (0.3 * q @ k.transpose(1, 2)).softmax(-1) @ v  # (H, length, D)
+        torch.testing.assert_close(out[0, start : start + length], alone.transpose(0, 1))
+        start += length
+
+
 def test_features_of_a_frozen_tower_are_computed_once(policy, prompts, rollout, monkeypatch):
     frozen = copy.deepcopy(prompts)
     rarl.encode_images(policy, frozen)
