@@ -1,7 +1,10 @@
-"""The paper's experiments on the embedded default (arXiv 2601.20585, ablations), each a table and a picture.
+"""Ablations of RARL (arXiv 2601.20585) on the embedded default, each a table and a picture. The paper's own:
 
     python ablate.py reward          # joint reward against regression only and ranking only
     python ablate.py rmo             # RMO on and off where most groups are alike and poor
+
+and questions that the summaries of the paper leave open:
+
     python ablate.py rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
     python ablate.py rmo_source      # good answers from the ground truth or from the policy's own past
     python ablate.py delta           # tolerance of R_reg
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     argv, more = argv[:cut], argv[cut + 1 :]
     parser = argparse.ArgumentParser(
-        description="Run one of the paper's experiments on the embedded default.",
+        description="Run an ablation on the embedded default.",
         epilog="What stands after -- is given to train.py in every run.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])

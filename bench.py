@@ -4,8 +4,8 @@
     python bench.py --sweep group --out runs                # how cost grows with G: table and runs/bench_group.png
     python bench.py --shape 3b --micro 1 --checkpoint       # Qwen2.5-VL-3B's size, random weights, nothing to download
 
-What is measured, each as the median of `--repeats` runs after a warm-up, ours and the usual way in turn, so that whatever
-else the machine does meets both:
+What is measured, ours and the usual way in turn, so that whatever else the machine does meets both; times as the median of
+`--repeats` runs after a warm-up, memory once:
 
   rollout  sample G answers of T tokens to each of B prompts                   rarl.generate   against  model.generate
   update   log-probs with gradient, GRPO loss, backward                        rarl.logprobs   against  [prompt | answer] x N
@@ -19,7 +19,8 @@ head on answer positions only (logits_to_keep), log-softmax row by row, entropy 
 What would be unfair, and what is done about it:
   1. Unequal answers. All have exactly T tokens: EOS is banned on our side, and unknown to the other (no eos_token_id). No
      top-k or top-p filter, no logits processor slows the usual way; ours does mask its banned tokens.
-  2. Unequal batches. `--micro` prompts with all their answers go through one forward, in both.
+  2. Unequal batches. `--micro` prompts with all their answers go through one forward, in both. On a CPU the usual way likes
+     small ones better than ours does: compare at several.
   3. Unequal precision. As train.py does, both sample from a copy of the weights in `--dtype`, and both update float32
      weights under autocast to it.
   4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared; beyond tolerance the exit
@@ -28,8 +29,9 @@ What would be unfair, and what is done about it:
   5. A memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU, where resident memory keeps what
      was freed, the profiler's log of every allocation and release is added up: the same quantity.
   6. A machine that others use: the spread is printed, and the ratio of the best runs beside that of the medians.
-  7. A shape that suits us: long prompts and short answers are RARL's shape; with short prompts or G = 1 there is little to
-     share, as --images 1 --group 1 shows.
+  7. A shape that suits us: long prompts and short answers are RARL's shape; with short prompts there is little to share.
+  8. Gains that have nothing to do with sharing: ours also embeds patches by a matrix product and calls attention once for
+     all equal windows of the vision tower. --group 1, where nothing can be shared, shows what these alone give.
 
 "of peak": FLOPs that the update must do over time over those of a large matmul, measured here. Forward and backward are 3
 times the forward; a linear layer costs 2 x weights x tokens (prompt tokens once per group, answer tokens, patches), attention

@@ -12,7 +12,7 @@ and the data sets: `dots` and `dials` (drawn from a seed, nothing to download), 
 
     python data.py utkface ROOT       # look before you train: counts, labels, splits, what is wrong, a sheet of samples
 
-Choices of ours, as the paper's are not public: the wording of the prompts, the tolerances delta, and the splits of data
+Choices of ours, as the summaries of the paper do not state them: the wording of the prompts, the tolerances delta, and the splits of data
 sets that bring none. All are settings: of a Task, or list files beside the images (see `choose_split`).
 
 Shapes: P prompt tokens, n images, S patches of all images of a prompt (4 patches of 14 x 14 pixels make one token).
@@ -58,7 +58,7 @@ class Task:
     name      short and unique; items of different tasks never share a prompt
     question  asked once per prompt, whatever the number of images
     order     how to say "lowest value first" for this value, e.g. "from the youngest to the oldest"
-    delta     tolerance of R_reg in units of the label: an error of delta or more earns nothing (ours: not published)
+    delta     tolerance of R_reg in units of the label: an error of delta or more earns nothing (our choice)
     decimals  of a value in the reference answer
     """
 
@@ -100,14 +100,18 @@ def format_value(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}"
 
 
+def format_answer(entries: Iterable[tuple[int, str]]) -> str:
+    """(image id, value as text) in ranked order -> the answer as the policy should write it: one JSON list."""
+    return "[" + ", ".join(f'{{"image_id": {image}, "value": {value}}}' for image, value in entries) + "]"
+
+
 def reference_answer(sample: Sample) -> str:
     """The ground truth in the policy's own format: one JSON list in ranked order, lowest first; ties by image id.
 
     It earns full marks by construction, serves RMO as the good answer, and is what the preflight checks.
     """
     entries = sorted((item.label, i) for i, item in enumerate(sample.items, start=1))
-    decimals = sample.task.decimals
-    return "[" + ", ".join(f'{{"image_id": {i}, "value": {format_value(v, decimals)}}}' for v, i in entries) + "]"
+    return format_answer((i, format_value(label, sample.task.decimals)) for label, i in entries)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -299,7 +303,7 @@ class Prompt:
 
 
 def question_text(task: Task, num_images: int) -> str:
-    """The instruction after the images (the wording is our choice; the paper's is not public)."""
+    """The instruction after the images (the wording is our choice)."""
     if num_images == 1:
         return f'{task.question} Reply with JSON only: [{{"image_id": 1, "value": <number>}}]'
     return (

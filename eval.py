@@ -14,8 +14,8 @@ on COCO-REM, SRCC on AVA.
 How to read a row:
 1. `valid` first. Every metric but `valid` and `strict` is over the valid answers alone: a policy that answers
    only what it finds easy looks good in them. Compare policies only where their `valid` is about the same.
-2. `tau` is the paper's: Kendall's tau of the listed order within one prompt, averaged over prompts. It never
-   looks at the values. The form of the paper's average is not public; the mean over prompts is our choice.
+2. `tau` is Kendall's tau of the listed order within one prompt, averaged over prompts. It never looks at the
+   values. That the list is the predicted order, and the mean over prompts, are our choices (README).
 3. mae, srcc, plcc, tau_b and accuracy pool all (value, label) pairs of all prompts, as if each image had been
    asked alone. They never look at the listed order, so tau and tau_b can disagree: a policy may sort well and
    count badly, or the other way round.
@@ -213,15 +213,18 @@ def _prediction(sample, text):
     }
 
 
+def finite(x):
+    """For JSON, which has no NaN: any number in a tree of dicts and lists that is not finite becomes None (null)."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [finite(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def write_predictions(predictions, path):
-    """One JSON object a line. A number that is not finite becomes null: `NaN` is not JSON."""
-
-    def finite(x):
-        if isinstance(x, list):
-            return [finite(y) for y in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    lines = [json.dumps({k: finite(v) for k, v in p.items()}, allow_nan=False) for p in predictions]
+    """One JSON object a line."""
+    lines = [json.dumps(finite(p), allow_nan=False) for p in predictions]
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -12,10 +12,10 @@ Sources: DeepSeekMath (arXiv 2402.03300, section 4.1) and RARL (arXiv 2601.20585
 Choices and differences:
 1. std is the population's (over G, not G - 1) plus eps; a group with no spread gets exact zeros, not
    rounding noise / eps.
-2. The two clip bounds are apart. Equal, as by default, they are the papers'; clip_high > clip_low is DAPO's
+2. The two clip bounds are apart. Equal, as by default, they are DeepSeekMath's; clip_high > clip_low is DAPO's
    "clip-higher" (arXiv 2503.14476), which lets unlikely tokens grow.
-3. normalize="sequence" is the papers' mean of means: all answers weigh the same, so a token of a short one
-   weighs more. normalize="token" is DAPO's: all tokens weigh the same. How RARL does it is not public.
+3. normalize="sequence" is DeepSeekMath's mean of means: all answers weigh the same, so a token of a short one
+   weighs more. normalize="token" is DAPO's: all tokens weigh the same. The summaries of RARL do not say which.
 4. Log-ratios above 10 go along exp's tangent instead of exp (`bounded_exp`). They come from answers that the
    policy did not sample, such as the mutated ones of rmo.py.
 5. `denominator` normalises by the whole batch, where a call sees only a part of it.

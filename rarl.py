@@ -85,10 +85,10 @@ class Policy(nn.Module):
 
 
 def check_path(path: str) -> None:
-    """Raise ModelError for what is neither a folder nor can be a hub id: asking the hub for it takes long and misleads.
+    """Raise ModelError if the path is neither a folder nor a possible hub id.
 
-    "owner/name" may be a hub id; not if there is a folder `owner` here, or it is runs/, where training writes: then
-    `name` was mistyped.
+    Asking the hub for it would be slow, and its error misleading. "owner/name" may be a hub id; not if there is a folder
+    `owner` here, or it is runs/, where training writes: then `name` was mistyped.
     """
     owner = os.path.dirname(path)
     mistyped = path.count("/") != 1 or path[0] in "./~" or os.path.exists(owner) or owner == "runs"
@@ -422,6 +422,17 @@ def recorded_decoder(policy: Policy, cache: Cache, tokens: Tensor) -> RecordedDe
     return decoder
 
 
+def sample_tokens(logps: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens by the inverse of the cumulative distribution.  logps (..., V), uniform (...) in [0, 1) -> (...)"""
+    cumulative = logps.double().exp().cumsum(-1)
+    # First index whose cumulative probability exceeds u * total: a token of probability 0 is not hit.
+    u = (uniform * cumulative[..., -1]).unsqueeze(-1)
+    token = torch.searchsorted(cumulative, u, right=True).clamp(max=logps.shape[-1] - 1)
+    # Except by rounding: a GPU's parallel sum need not be monotone. Rare, but the log-prob would be -inf.
+    impossible = logps.gather(-1, token).isneginf()
+    return torch.where(impossible, logps.argmax(-1, keepdim=True), token).squeeze(-1)
+
+
 @torch.no_grad()
 def generate(
     policy: Policy,
@@ -444,8 +455,8 @@ def generate(
     B, G, device = len(prompts), group_size, policy.device
     if B == 0 or G < 1 or max_new_tokens < 1 or not temperature >= 0:
         raise ValueError("generate needs prompts, group_size >= 1, max_new_tokens >= 1 and temperature >= 0")
-    # All randomness is drawn here: answer (b, g) turns its uniforms into tokens by the inverse of the cumulative
-    # distribution, so what it says does not change when finished neighbours are dropped.
+    # All randomness is drawn here, and each answer turns its own uniforms into tokens (`sample_tokens`): what it says
+    # does not change when finished neighbours are dropped.
     generators = generator if isinstance(generator, list) else [generator] * B
     uniform = torch.stack(
         [torch.rand(G, max_new_tokens, generator=g, device=g.device if g else None) for g in generators]
@@ -464,29 +475,18 @@ def generate(
     alive = torch.ones(B, G, dtype=torch.bool, device=device)
     static, decoder = device.type in STATIC, None
     for t in range(max_new_tokens):
-        logps = sampling_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # (B', G', V)
-        if temperature == 0:
-            token = logps.argmax(-1)
-        else:
-            cumulative = logps.double().exp().cumsum(-1)
-            # First index whose cumulative probability exceeds u * total: a token of probability 0 is not hit.
-            u = uniform[rows[:, None], columns, t] * cumulative[..., -1]
-            token = (
-                torch.searchsorted(cumulative, u.unsqueeze(-1), right=True).squeeze(-1).clamp(max=logps.shape[-1] - 1)
-            )
-            # Unless by rounding: a GPU's parallel sum need not grow strictly. One in 10^13, but it would be -inf.
-            impossible = logps.gather(-1, token.unsqueeze(-1)).squeeze(-1).isneginf()
-            token = torch.where(impossible, logps.argmax(-1), token)
-        token = torch.where(alive, token, policy.eos_id)
         place = (rows[:, None], columns, t)
+        logps = sampling_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # (B', G', V)
+        token = sample_tokens(logps, uniform[place]) if temperature > 0 else logps.argmax(-1)  # (B', G')
+        token = torch.where(alive, token, policy.eos_id)
         ids[place], mask[place] = token, alive
         logp[place] = torch.where(alive, logps.gather(-1, token.unsqueeze(-1)).squeeze(-1), 0.0)
         alive = alive & (token != policy.eos_id)  # the EOS itself was still the answer's
         if t + 1 == max_new_tokens:
             break
         if static:
-            # Asking whether all are done makes the CPU wait for the GPU, so ask now and then. Rows that are done go
-            # on to be computed, unheard: dropping them would change the shapes.
+            # Asking whether all are done makes the CPU wait for the GPU, so ask now and then. Rows that are done are
+            # computed on, and not looked at: dropping them would change the shapes.
             if t % 16 == 15 and not alive.any():
                 break
             decoder = decoder or recorded_decoder(policy, cache, token)

@@ -59,7 +59,7 @@ def mutate(
     k            how many are replaced, 0 <= k < G; 0 switches RMO off
     probability  that a homogeneous and poor group is mutated, in [0, 1]
     spread, poor bounds for "homogeneous" and "poor" (see the module), in the unit of the rewards; the
-                 defaults suit rewards whose best is 1
+                 defaults suit rewards whose best is 1 (train.py gives shares of full marks, as it has more)
     rng          torch.Generator, random.Random or numpy.random.Generator; it advances by 1 + G + k numbers
 
     Returns (responses, mutated), two new lists of length G; mutated[i]: response i came from the references.

@@ -169,7 +169,7 @@ def bad_teacher(sample: data.Sample, rng: random.Random, shuffled: bool) -> str:
         entries.sort()
     elif shuffled:
         rng.shuffle(entries)
-    return "[" + ", ".join(f'{{"image_id": {i}, "value": {v}}}' for v, i in entries) + "]"
+    return data.format_answer((i, str(value)) for value, i in entries)
 
 
 def teach_mouth(policy: rarl.Policy, steps: int, shuffled: bool, lr: float, answers: int = 4) -> None:

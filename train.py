@@ -3,10 +3,10 @@
     python train.py                                   # both stages of the embedded default, minutes on a laptop
     torchrun train.py --stage 1                       # regression only, one image in a prompt
     torchrun train.py --stage 2                       # then everything jointly, several images; starts from stage 1
-    torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data coco --data-root /data/coco
+    torchrun --nproc_per_node 8 train.py --preset coco --model Qwen/Qwen2.5-VL-3B-Instruct --data-root /data/coco
     python train.py --help                            # every setting
 
-A step reads as the algorithm (`train_stage`):
+A step reads as the algorithm (the first four in `collect`, the last two in `update`):
 
     rollout    G answers to each of B prompts, sampled from the policy
     reward     R_final of each answer: tolerance regression, Kendall's tau, format            reward.py
@@ -15,9 +15,10 @@ A step reads as the algorithm (`train_stage`):
     loss       clipped policy ratio, KL to the policy that the stage began with               grpo.py
     step       AdamW
 
-Everything goes to runs/NAME/: settings.json, metrics.jsonl (one line a step, the same to the last digit for the same
-seed; the times are apart, in timing.jsonl), stage1/ and stage2/ (policies in Hugging Face layout), predictions_*.jsonl,
-predictions.png, results.txt, and checkpoints/ while a stage runs.
+Everything goes to runs/NAME/: settings.json, metrics.jsonl (one line a step, on the CPU the same to the last digit for
+the same seed; the times are apart, in timing.jsonl), stage1/ and stage2/ (policies in Hugging Face layout),
+predictions_*.jsonl, predictions.png, results.txt and results.json, checkpoints/ while a stage runs, and bad_steps/ if
+there were any.
 
 All that is drawn at random in a step is drawn from generators seeded by (seed, stage, step, prompt). So a step has no
 random state to save, and does not depend on how many processes share it.
@@ -50,6 +51,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -111,7 +113,7 @@ class Settings:
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting(
-        (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper: 1, 2, 4, 8]"
+        (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]"
     )
     # Reward
     delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)")
@@ -122,7 +124,9 @@ class Settings:
     rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
     rmo_source: str = setting(
-        "truth", "the ground truth, or the best earlier answer to the prompt", choices=("truth", "history")
+        "truth",
+        "the ground truth, or an answer made of the best earlier values for those images",
+        choices=("truth", "history"),
     )
     rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of full marks")
     rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of full marks")
@@ -167,20 +171,31 @@ class Settings:
     eval_batch_size: int = setting(50, "test prompts at a time")
 
 
-# What the paper states: AdamW, lr 1e-6, batch size 64, two stages, up to 8 images. Ours: all the rest, such as the numbers of
-# steps and the pixels; model and data root are the user's to give.
-PAPER = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
+# For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
+# the numbers of steps and the pixels. Model and data root are the user's to give.
+FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
          "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "eval_samples": 500}  # fmt: skip
-PRESETS = {name: PAPER | {"data": name, "name": name} for name in ("utkface", "coco", "ava")}
+PRESETS = {
+    name: FULL_SIZE | {"data": name, "name": name} for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder")
+}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Without "(default: None)", where the text says what happens by default."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(
         description="Train a vision-language policy with RARL.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,  # --image for --images would be a guess
     )
-    parser.add_argument("--preset", choices=PRESETS, help="defaults of the paper's run on this data set, see PRESETS")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="defaults for a real backbone on this kind of data, see PRESETS"
+    )
     for f in dataclasses.fields(Settings):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int if given
         how: dict[str, Any]
@@ -195,7 +210,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     values = vars(parser.parse_args(argv))
     del values["preset"]
     for name in ("model", "data_root"):
-        if preset and values[name] is None:
+        if preset and values[name] is None and not values["resume"]:  # a resumed run has its own
             raise SettingError(f"--preset {preset} needs --{name.replace('_', '-')}")
     if values["resume"]:
         words = sys.argv[1:] if argv is None else argv
@@ -210,7 +225,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 def resumed_settings(values: dict, typed: set[str]) -> dict:
     """A resumed run is the same run: its settings are those it was started with.
 
-    Settings that change no number may be given anew; any other one that was typed must be the same.
+    Settings of the machine, which change numbers by rounding at most, may be given anew; any other must be the same.
     """
     file = Path("runs") / values["name"] / "settings.json"
     if not file.is_file():
@@ -444,6 +459,15 @@ class Batch:
     advantages: Tensor  # (B, G)
     texts: list[str]  # N, for the report of a step that went wrong
 
+    def take(self, groups: list[int]) -> "Batch":
+        """Some of the groups, as wide as their longest answer."""
+        G = self.advantages.shape[1]
+        rows = (torch.tensor(groups)[:, None] * G + torch.arange(G)).flatten()  # (their N,)
+        width = int(self.mask[rows].sum(1).max())
+        ids, mask, sampled_logp = (x[rows, :width] for x in (self.ids, self.mask, self.sampled_logp))
+        prompts, texts = [self.prompts[b] for b in groups], [self.texts[row] for row in rows.tolist()]
+        return Batch(prompts, ids, mask, sampled_logp, self.mutated[rows], self.advantages[groups], texts)
+
 
 def seed_of(*place) -> int:
     """A 63-bit seed for a place such as (seed, stage, step, prompt): each has a stream of its own, on any rank."""
@@ -464,11 +488,11 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     if s.freeze_vision:
         rarl.encode_images(actor, prompts)  # once for the rollout, the update and the reference
     generators = [torch.Generator().manual_seed(seed_of(s.seed, *place, b)) for b in numbers]
-    parts = []
+    rollouts = []
     for b in range(0, B, s.rollout_batch):
-        lot = slice(b, b + s.rollout_batch)
-        parts.append(rarl.generate(actor, prompts[lot], G, budget, s.temperature, generators[lot]))
-    rollout = rarl.concatenate(parts, actor.eos_id)
+        these = slice(b, b + s.rollout_batch)
+        rollouts.append(rarl.generate(actor, prompts[these], G, budget, s.temperature, generators[these]))
+    rollout = rarl.concatenate(rollouts, actor.eos_id)
     texts = rarl.decode(actor, rollout.ids, rollout.mask)
 
     # reward
@@ -530,7 +554,7 @@ def recall(best: dict, sample: data.Sample) -> list[str]:
     if any(error >= sample.task.delta for error, _ in known):
         return []
     entries = sorted((value, i) for i, (_, value) in enumerate(known, start=1))
-    return ["[" + ", ".join(f'{{"image_id": {i}, "value": {value:g}}}' for value, i in entries) + "]"]
+    return [data.format_answer((i, f"{value:.12g}") for value, i in entries)]
 
 
 def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -538,12 +562,9 @@ def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -
     if not texts:
         return rollout.ids, rollout.mask, rollout.logp
     answers = rarl.encode(policy, texts)
-    N, T = rollout.ids.shape
-    width = max(T, *(len(a) for a in answers))
-    ids = torch.full((N, width), policy.eos_id, device=rollout.ids.device)
-    mask = torch.zeros(N, width, dtype=torch.bool, device=ids.device)
-    logp = torch.zeros(N, width, device=ids.device)
-    ids[:, :T], mask[:, :T], logp[:, :T] = rollout.ids, rollout.mask, rollout.logp
+    more = (0, max(0, max(map(len, answers)) - rollout.ids.shape[1]))  # columns that the rollout lacks
+    ids = F.pad(rollout.ids, more, value=policy.eos_id)
+    mask, logp = F.pad(rollout.mask, more), F.pad(rollout.logp, more)  # copies, also where nothing is missing
     for row, answer in zip(rows.nonzero().flatten().tolist(), answers, strict=True):
         ids[row], mask[row], logp[row] = policy.eos_id, False, 0.0
         ids[row, : len(answer)] = answer.to(ids.device)
@@ -583,63 +604,58 @@ def means(facts: list[dict[str, list]]) -> dict[str, float | None]:
 
 
 def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]]:
-    """Prompts in lots whose packed rectangle (prompts, answers and padding) holds at most `limit` tokens.
+    """Prompts in micro-batches whose packed rectangle (prompts, answers and padding) holds at most `limit` tokens.
 
     Sorted by length, so that little of a rectangle is padding. One prompt that is over the limit goes alone.
     """
     G = batch.advantages.shape[1]
     prompt = [len(p.ids) for p in batch.prompts]
     answer = batch.mask.view(len(prompt), G, -1).sum(-1).amax(1).tolist()  # longest answer of each group
-    lots: list[list[int]] = []
+    micros: list[list[int]] = []
     for b in sorted(wanted, key=lambda b: (prompt[b] + G * answer[b], b)):
-        lot = [*lots[-1], b] if lots else [b]
-        if lots and len(lot) * (max(prompt[i] for i in lot) + G * max(answer[i] for i in lot)) <= limit:
-            lots[-1] = lot
+        more = [*micros[-1], b] if micros else [b]
+        if micros and len(more) * (max(prompt[i] for i in more) + G * max(answer[i] for i in more)) <= limit:
+            micros[-1] = more
         else:
-            lots.append([b])
-    return lots
+            micros.append([b])
+    return micros
 
 
 def update(learner: Learner, optimizer, batch: Batch) -> dict:
     """The GRPO update on one batch, `updates` times. -> what to log; "bad" is True if a step was skipped."""
     s, policy, reference, world = learner.settings, learner.policy, learner.reference, learner.world
     B, G = batch.advantages.shape
-    rows = torch.arange(B * G).view(B, G)
     # A group without advantage and without KL has no gradient at all: it is not run.
     wanted = [b for b in range(B) if reference is not None or batch.advantages[b].any()]
-    lots = micro_batches(batch, wanted, s.max_tokens_per_forward)
+    micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
     # Counts over all ranks, not a mean of the ranks' means; FSDP averages gradients over ranks, hence "/ size".
-    everywhere = world.gather({"lots": len(lots), "answers": B * G, "tokens": int(batch.mask.sum())})
+    everywhere = world.gather({"micros": len(micros), "answers": B * G, "tokens": int(batch.mask.sum())})
     count = sum(e["answers" if s.normalize == "sequence" else "tokens"] for e in everywhere)
-    # FSDP gathers weights in each forward, so ranks must run equally many: who has fewer repeats one, for nothing.
-    real = len(lots)
-    lots += [lots[0] if lots else [0]] * (max(e["lots"] for e in everywhere) - real)
+    # FSDP gathers weights in each forward, so ranks must run equally many: one with fewer repeats some, with weight 0.
+    real = len(micros)
+    micros += [micros[0] if micros else batch.take([0])] * (max(e["micros"] for e in everywhere) - real)
 
     # transformers checkpoints activations in training mode only; there is no dropout that this could switch on.
     policy.train(s.activation_checkpointing)
-    old_logps: list[Tensor] = []  # per lot, from the first pass: the policy before the first update
-    log: dict = {"bad": False}
+    old_logps: list[Tensor] = []  # per micro-batch, from the first pass: the policy before the first update
+    log: dict = {}
     for epoch in range(s.updates):
-        sums: dict[str, float] = {}
-        most = 0.0
-        for i, lot in enumerate(lots):
-            prompts, row = [batch.prompts[b] for b in lot], rows[lot].flatten()
-            width = int(batch.mask[row].sum(1).max())
-            ids, mask = batch.ids[row, :width], batch.mask[row, :width]
+        parts: list[dict[str, float]] = []
+        for i, micro in enumerate(micros):
             with learner.autocast():
-                logp, entropy = rarl.logprobs(policy, prompts, ids, mask, s.temperature)  # (lot*G, width)
+                logp, entropy = rarl.logprobs(policy, micro.prompts, micro.ids, micro.mask, s.temperature)  # (N, T)
                 ref_logp = None
                 if reference is not None:
                     with torch.no_grad():
-                        ref_logp, _ = rarl.logprobs(reference, prompts, ids, mask, s.temperature)
+                        ref_logp, _ = rarl.logprobs(reference, micro.prompts, micro.ids, micro.mask, s.temperature)
             if epoch == 0:
                 old_logps.append(logp.detach())
             loss, stats = grpo.grpo_loss(
                 logp,
                 old_logps[i] if epoch else None,  # None: on-policy, ratio 1
                 ref_logp,
-                batch.advantages.flatten()[row].to(logp.device),
-                mask,
+                micro.advantages.flatten().to(logp.device),
+                micro.mask,
                 s.clip_low,
                 s.clip_high,
                 s.beta,
@@ -647,50 +663,55 @@ def update(learner: Learner, optimizer, batch: Batch) -> dict:
                 denominator=count / world.size,
             )
             (loss if i < real else 0.0 * loss).backward()
-            if i >= real:
-                continue
-            sampled = mask & ~batch.mutated[row, None].to(mask.device)
-            gap = (logp.detach() - batch.sampled_logp[row, :width]).abs().masked_fill(~sampled, 0.0)
-            tokens = stats.pop("tokens")
-            lot_sums = {name: value * tokens for name, value in stats.items() if name != "policy_loss"}
-            lot_sums |= {"tokens": tokens, "entropy": entropy.sum(), "sampled": sampled.sum(), "gap": gap.sum()}
-            lot_sums |= {"loss": loss.detach() / world.size, "policy_loss": stats["policy_loss"] / world.size}
-            lot_sums |= {"mutated_logp": logp.detach().masked_fill(sampled, 0.0).sum()}
-            for name, value in lot_sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            most = max(most, gap.max().item())
+            if i < real:
+                parts.append(measure(micro, logp.detach(), entropy, loss.detach(), stats))
         norm = 0.0
-        if lots:
+        if micros:
             total_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm)
             norm = float(total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm)
-        all_sums = world.gather((sums, most))
-        total = {name: sum(part.get(name, 0.0) for part, _ in all_sums) for part, _ in all_sums for name in part}
-        # The norm is the same on all ranks, and so is the sum: they skip together or not at all.
-        log["bad"] = not (math.isfinite(norm) and math.isfinite(total.get("loss", 0.0)))
-        if lots and not log["bad"]:
+        measured = summarize([part for parts in world.gather(parts) for part in parts], world.size)
+        # The norm is the same on all ranks, and so is the loss: they skip together or not at all.
+        bad = not (math.isfinite(norm) and math.isfinite(measured["loss"]))
+        if micros and not bad:
             optimizer.step()
         optimizer.zero_grad()
-        num_tokens, num_sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
-        per_token = {
-            k: total[k] / num_tokens for k in ("entropy", "kl", "ratio", "clip_low", "clip_high") if k in total
-        }
         if epoch == 0:
-            log |= {"loss": total.get("loss", 0.0), "policy_loss": total.get("policy_loss", 0.0), "grad_norm": norm}
-            log |= {k: per_token.get(k) for k in ("entropy", "kl", "ratio") if k != "kl" or reference is not None}
-            # How far the update's log-probs are from those under which the answers were sampled: rounding, or a bug.
-            log |= {
-                "logp_gap_mean": total["gap"] / num_sampled if num_sampled else None,
-                "logp_gap_max": max(m for _, m in all_sums),
-            }
-            log["mutated_logp"] = (
-                total["mutated_logp"] / (num_tokens - num_sampled) if num_tokens > num_sampled else None
-            )
+            log = measured | {"grad_norm": norm}
         else:  # how far the policy has moved from the one that sampled
-            log |= {k: per_token.get(k) for k in ("ratio", "clip_low", "clip_high")}
-        if log["bad"]:
+            log |= {name: measured.get(name) for name in ("ratio", "clip_low", "clip_high")}
+        log["bad"] = bad
+        if bad:
             break
     policy.eval()
     return log
+
+
+def measure(micro: Batch, logp: Tensor, entropy: Tensor, loss: Tensor, stats: dict[str, Tensor]) -> dict[str, float]:
+    """What to log of one forward, as sums over its tokens, which add up over micro-batches and ranks; means would not."""
+    sampled = micro.mask & ~micro.mutated[:, None].to(micro.mask.device)  # (N, T), False on mutated answers
+    gap = (logp - micro.sampled_logp).abs().masked_fill(~sampled, 0.0)
+    sums = {name: stats[name] * stats["tokens"] for name in ("kl", "ratio", "clip_low", "clip_high") if name in stats}
+    sums |= {"loss": loss, "policy_loss": stats["policy_loss"], "tokens": stats["tokens"], "sampled": sampled.sum()}
+    sums |= {"entropy": entropy.masked_fill(~sampled, 0.0).sum(), "gap": gap.sum(), "gap_max": gap.max()}
+    sums |= {"mutated_logp": logp.masked_fill(sampled, 0.0).sum()}
+    return {name: float(value) for name, value in sums.items()}
+
+
+def summarize(parts: list[dict[str, float]], size: int) -> dict[str, Any]:
+    """What `measure` said of all micro-batches of all `size` ranks -> means, and the loss. None: nothing to average."""
+    total = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
+    tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
+    mean = lambda name, count: total[name] / count if count else None
+    return {
+        "loss": total.get("loss", 0.0) / size,  # each rank's is `size` times its share, see `denominator`
+        "policy_loss": total.get("policy_loss", 0.0) / size,
+        "entropy": mean("entropy", sampled),  # of the policy's own answers
+        **{name: mean(name, tokens) for name in ("kl", "ratio", "clip_low", "clip_high") if name in total},
+        # How far the update's log-probs are from those under which the answers were sampled: rounding, or a bug.
+        "logp_gap_mean": mean("gap", sampled),
+        "logp_gap_max": max((part["gap_max"] for part in parts), default=None),
+        "mutated_logp": mean("mutated_logp", tokens - sampled),
+    }
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -831,7 +852,7 @@ class Stop:
 
 
 class Watch:
-    """Says once, plainly, when a run shows one of the paper's failure signatures. Thresholds are ours."""
+    """Says once, plainly, when a run shows a known failure of RL with verifiable rewards. Thresholds are ours."""
 
     def __init__(self, steps: int = 20):
         self.steps = steps
@@ -851,7 +872,7 @@ class Watch:
         gain = {k: mean(k, last) - mean(k, first) for k in ("format", "regression", "ranking")}
         reward_now = mean("reward", last)
         signs = {
-            "entropy collapse": (
+            "collapse": (
                 mean("zero_spread", last) > 0.8 and reward_now < 0.9,
                 "the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta",
             ),
@@ -967,7 +988,7 @@ def train_stage(plan: Plan, learner: Learner, out: Path, resume_from: str | None
             if log["bad"]:
                 keep_evidence(out / "bad_steps" / f"{stage}-{step:07d}-rank{world.rank}.json", samples, batch, log)
             if world.main:
-                metrics.write(json.dumps(finite({"stage": stage, "step": step} | log)) + "\n")
+                metrics.write(json.dumps(evaluation.finite({"stage": stage, "step": step} | log)) + "\n")
                 metrics.flush()
                 with open(out / "timing.jsonl", "a") as timing:
                     timing.write(json.dumps({"stage": stage, "step": step, "seconds": time.time() - start}) + "\n")
@@ -1032,13 +1053,6 @@ def evaluate(name: str, learner: Learner, items, out: Path) -> dict[int, dict]:
     return rows
 
 
-def finite(results):
-    """Results for JSON, which has no NaN: undefined metrics become null."""
-    if isinstance(results, dict):
-        return {k: finite(v) for k, v in results.items()}
-    return None if isinstance(results, float) and not math.isfinite(results) else results
-
-
 def results_table(results: dict[str, dict[int, dict]]) -> str:
     """base / stage 1 / stage 2 in lines; valid answers over everything, MAE at one image, tau at several."""
     several = sorted({n for rows in results.values() for n in rows} - {1})
@@ -1071,6 +1085,13 @@ def load_items(s: Settings) -> list[list[data.Item]]:
     return splits
 
 
+def read_results(file: Path) -> dict[str, dict[int, dict]]:
+    """What `run` returns, from results.json: whose keys are strings, and whose undefined metrics are null."""
+    nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
+    known = json.loads(file.read_text())
+    return {stage: {int(n): nan(row) for n, row in rows.items()} for stage, rows in known.items()}
+
+
 def free_name(path: Path) -> Path:
     """path~1, path~2, ...: the first that does not exist."""
     return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())
@@ -1093,7 +1114,7 @@ def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkp
         beside.write_text("".join(before))
         beside.rename(metrics)
 
-    known = json.loads(results.read_text()) if results.exists() else {}
+    known = read_results(results) if results.exists() else {}
     if checkpoint:
         take_back((int(checkpoint[0]), checkpoints.extra(checkpoint)["step"]))
     elif s.stage == 2:
@@ -1113,8 +1134,7 @@ def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkp
     if not checkpoint:
         saved = dataclasses.asdict(s) | {"resume": False}
         (out / "settings.json").write_text(json.dumps(saved, indent=2) + "\n")
-    nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
-    return {stage: {int(n): nan(row) for n, row in rows.items()} for stage, rows in known.items()}
+    return known
 
 
 def run(s: Settings) -> dict[str, dict[int, dict]]:
@@ -1129,7 +1149,7 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
     if s.resume:
         if (out / "results.txt").exists():  # written last
             print(f"the run in {out} is complete:\n\n{(out / 'results.txt').read_text()}")
-            return json.loads((out / "results.json").read_text())
+            return read_results(out / "results.json")
         checkpoint = checkpoints.newest()
         if checkpoint is None and checkpoints.names():
             raise SettingError(f"--resume: {checkpoints.folder} holds no sound checkpoint; start without --resume")
@@ -1161,7 +1181,7 @@ def run(s: Settings) -> dict[str, dict[int, dict]]:
         if world.main:
             results[name] = rows
             beside = out / "results.writing"
-            beside.write_text(json.dumps(finite(results), indent=2) + "\n")
+            beside.write_text(json.dumps(evaluation.finite(results), indent=2) + "\n")
             beside.rename(out / "results.json")
 
     begun_with = "stage 1" if begun else "base"
