@@ -165,7 +165,8 @@ class Job:
         """Gradients of the GRPO loss, added to .grad. -> log-probs, micro-batch by micro-batch"""
         logprobs = rarl.logprobs if way == "ours" else usual_logprobs
         self.policy.train(self.policy.model.is_activation_checkpointing)  # it needs training mode; Qwen has no dropout
-        amp = torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        half = self.dtype == torch.bfloat16  # no cache, as in train.py: it would hold a bf16 copy of all weights
+        amp = torch.autocast(self.policy.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
         logps = []
         for b in range(0, len(self.prompts), self.micro):
             prompts, rows = self.prompts[b : b + self.micro], slice(b * self.G, (b + self.micro) * self.G)
@@ -514,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     policy, what = load(args, device)
     actor = policy if dtype == torch.float32 else cast(policy, dtype)
-    reference = cast(policy, torch.float32) if "step" in args.parts and args.beta > 0 else None
+    reference = cast(policy, dtype) if "step" in args.parts and args.beta > 0 else None
     # lr is tiny: a step must cost what it costs, and leave the weights (nearly) what they were.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
     machine: dict = {

@@ -33,6 +33,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+# cuDNN's attention may give NaN gradients under a mask (torch 2.11 to 2.13, pytorch issue 196678, found with Qwen2.5), and
+# plans every new shape anew. Flash and memory-efficient attention do neither.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class ModelError(ValueError):
     """The model folder is not usable; the message names it and what is missing."""
@@ -291,6 +295,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (..., m, D), k (..., t, D) -> q k^T / sqrt(D), (..., m, t) float32.
+
+    In float32 also on the way: real Qwen2.5 has scores of hundreds, where bf16 counts in steps of 1 or 2.
+    """
+    if q.is_cuda and q.dtype != torch.float32:  # bf16 in, float32 out, without a copy of the keys
+        product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2), out_dtype=torch.float32)
+        product = product.view(*q.shape[:-1], -1)
+    else:
+        product = q.float() @ k.float().transpose(-1, -2)
+    return product.mul_(q.shape[-1] ** -0.5)
+
+
 def group_attention(
     q: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], bias: Tensor, own_bias: Tensor | float
 ) -> Tensor:
@@ -301,10 +318,10 @@ def group_attention(
     B, G, H, D = q.shape
     K, t = own[0].shape[2:4]
     R = H // K  # query heads per key/value head
-    q = q.view(B, G, K, R, D) * D**-0.5
+    q = q.view(B, G, K, R, D)
     q_prompt = q.transpose(1, 2).reshape(B, K, G * R, D)  # all queries of a group against one copy of the prompt
-    s_prompt = (q_prompt @ prompt[0].transpose(-1, -2)).float() + bias  # (B, K, G*R, P)
-    s_own = (q @ own[0].transpose(-1, -2)).float() + own_bias  # (B, G, K, R, t)
+    s_prompt = scores(q_prompt, prompt[0]) + bias  # (B, K, G*R, P)
+    s_own = scores(q, own[0]) + own_bias  # (B, G, K, R, t)
     s_own = s_own.transpose(1, 2).reshape(B, K, G * R, t)
     w_prompt, w_own = torch.cat([s_prompt, s_own], -1).softmax(-1).to(q.dtype).split([s_prompt.shape[-1], t], -1)
     out_prompt = (w_prompt @ prompt[1]).view(B, K, G, R, D).transpose(1, 2)  # (B, G, K, R, D)
@@ -314,7 +331,9 @@ def group_attention(
 
 def prefill(policy: Policy, prompts, group_size: int, length: int) -> tuple[Cache, Tensor]:
     """Encode the prompts once. -> the cache, with room for `length` tokens of each answer; (B, C) last hidden state."""
-    inputs = prompt_inputs(policy, prompts, 64 if policy.device.type in STATIC else 1)
+    static = policy.device.type in STATIC  # few different shapes, and no odd ones
+    inputs = prompt_inputs(policy, prompts, 64 if static else 1)
+    length += -length % 8 if static else 0
     B, P, _ = inputs.embeds.shape
     language = policy.model.model.language_model
     out = language(
@@ -370,8 +389,9 @@ STATIC = {"cuda"}  # kinds of device on which decoding has static shapes, so tha
 class RecordedDecoder:
     """`decode_step` for one shape of cache, recorded once as a CUDA graph: a thousand kernel launches become one.
 
-    It owns the buffers that the graph reads and writes; each rollout of that shape copies its prompts into them. The
-    weights may change between rollouts (in place), the addresses may not. Without CUDA it just calls the function.
+    It owns the buffers that the graph reads and writes; each rollout, with prompts of that length or shorter, copies
+    its prompts into them. The weights may change between rollouts (in place), the addresses may not. Without CUDA it
+    just calls the function.
     """
 
     def __init__(self, policy: Policy, cache: Cache, tokens: Tensor):
@@ -380,15 +400,16 @@ class RecordedDecoder:
         self.tokens, self.t = tokens.clone(), torch.zeros(1, dtype=torch.long, device=tokens.device)
         self.run = lambda: decode_step(policy, self.cache, self.tokens, self.t)
         if tokens.is_cuda:
-            stream = torch.cuda.Stream()  # warm-up, as recording must not meet a library's first-time allocations
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                hidden = self.run()
+            with torch.cuda.device(tokens.device):
+                stream = torch.cuda.Stream()  # warm-up, as recording must not meet a library's first-time allocations
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        self.run()
+                torch.cuda.current_stream().wait_stream(stream)
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    hidden = self.run()
 
             def replay() -> Tensor:
                 graph.replay()
@@ -397,9 +418,17 @@ class RecordedDecoder:
             self.run = replay
 
     def begin(self, cache: Cache) -> None:
-        for ours, theirs in zip(self.cache.prompt + [self.cache.rotary], cache.prompt + [cache.rotary], strict=True):
-            ours[0].copy_(theirs[0]), ours[1].copy_(theirs[1])
-        self.cache.bias.copy_(cache.bias)
+        P = cache.bias.shape[-1]
+        self.cache.bias[..., :P] = cache.bias
+        self.cache.bias[..., P:] = -torch.inf
+        for ours, theirs in zip(self.cache.prompt, cache.prompt, strict=True):
+            for x, new in zip(ours, theirs, strict=True):
+                x[:, :, :P] = new
+                x[:, :, P:] = 0.0  # what is masked has weight 0, but 0 times a NaN of an earlier rollout is NaN
+        for x in (x for pair in self.cache.own for x in pair):
+            x.zero_()
+        for x, new in zip(self.cache.rotary, cache.rotary, strict=True):
+            x.copy_(new)
 
     def step(self, tokens: Tensor, t: int) -> Tensor:
         self.tokens.copy_(tokens)
@@ -407,17 +436,28 @@ class RecordedDecoder:
         return self.run()
 
 
-_RECORDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> {shape: decoder}
+_RECORDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # policy -> its decoders, the latest used last
 
 
 def recorded_decoder(policy: Policy, cache: Cache, tokens: Tensor) -> RecordedDecoder:
-    """The decoder for this shape, recorded at its first use. The two latest shapes are kept, for their memory."""
-    decoders = _RECORDED.setdefault(policy, {})
-    shape = (*cache.prompt[0][0].shape, *cache.own[0][0].shape)
-    decoder = decoders.pop(shape, None) or RecordedDecoder(policy, cache, tokens)
-    decoders[shape] = decoder  # now the latest
-    if len(decoders) > 2:
-        del decoders[next(iter(decoders))]
+    """A decoder for this shape: an earlier one, of prompts as long or up to twice as long, or one recorded now.
+
+    Four are kept, as stage 2 takes 1, 2, 4 and 8 images in turn; each holds as much memory as its prompts' cache.
+    """
+    decoders = _RECORDED.setdefault(policy, [])
+    length = lambda cache: cache.bias.shape[-1]
+    fits = [
+        d
+        for d in decoders
+        if d.cache.own[0][0].shape == cache.own[0][0].shape and length(cache) <= length(d.cache) <= 2 * length(cache)
+    ]
+    if fits:
+        decoder = min(fits, key=lambda d: length(d.cache))
+        decoders.remove(decoder)
+    else:
+        del decoders[:-3]  # before the new one takes its memory
+        decoder = RecordedDecoder(policy, cache, tokens)
+    decoders.append(decoder)
     decoder.begin(cache)
     return decoder
 
@@ -533,6 +573,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     packing = attention_mask
     if not isinstance(packing, Packing):  # somebody calls the backbone in the usual way, with a usual mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves float32
     P, G = packing.P, packing.G
     sdpa = lambda *qkv, **kw: F.scaled_dot_product_attention(*qkv, scale=scaling, enable_gqa=True, **kw)  # noqa: E731
     out = sdpa(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True)  # (B, H, P, D)
@@ -582,7 +623,7 @@ AttentionMaskInterface.register("rarl", sdpa_mask)
 AttentionInterface.register("rarl_flash_windows", window_attention)
 ATTENTION = {"text_config": "rarl", "vision_config": "rarl_flash_windows"}
 
-HEAD_ELEMENTS = 2**26  # logits held at once: 256 MB in float32
+HEAD_ELEMENTS = 2**27  # logits held at once: 512 MB in float32, a few times in the backward pass
 
 
 def _token_logprobs(policy: Policy, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -485,8 +485,11 @@ def collect(learner: Learner, samples, prompts, weights: Weights, budget: int, p
     numbers = range(world.rank, B * world.size, world.size)  # of this rank's prompts in the whole batch
 
     # rollout
+    if world.device.type == "cuda":  # once for the rollout, the update and the reference; bf16, as they are multiplied
+        for prompt in prompts:
+            prompt.pixels = prompt.pixels.to(world.device, torch.bfloat16)
     if s.freeze_vision:
-        rarl.encode_images(actor, prompts)  # once for the rollout, the update and the reference
+        rarl.encode_images(actor, prompts)  # once, likewise
     generators = [torch.Generator().manual_seed(seed_of(s.seed, *place, b)) for b in numbers]
     rollouts = []
     for b in range(0, B, s.rollout_batch):
@@ -690,10 +693,17 @@ def measure(micro: Batch, logp: Tensor, entropy: Tensor, loss: Tensor, stats: di
     """What to log of one forward, as sums over its tokens, which add up over micro-batches and ranks; means would not."""
     sampled = micro.mask & ~micro.mutated[:, None].to(micro.mask.device)  # (N, T), False on mutated answers
     gap = (logp - micro.sampled_logp).abs().masked_fill(~sampled, 0.0)
-    sums = {name: stats[name] * stats["tokens"] for name in ("kl", "ratio", "clip_low", "clip_high") if name in stats}
-    sums |= {"loss": loss, "policy_loss": stats["policy_loss"], "tokens": stats["tokens"], "sampled": sampled.sum()}
-    sums |= {"entropy": entropy.masked_fill(~sampled, 0.0).sum(), "gap": gap.sum(), "gap_max": gap.max()}
-    sums |= {"mutated_logp": logp.masked_fill(sampled, 0.0).sum()}
+    sums: dict[str, Tensor] = {
+        "loss": loss,
+        "policy_loss": stats["policy_loss"],
+        "tokens": stats["tokens"],
+        **{k: stats[k] * stats["tokens"] for k in ("kl", "ratio", "clip_low", "clip_high") if k in stats},
+        "sampled": sampled.sum(),
+        "entropy": entropy.masked_fill(~sampled, 0.0).sum(),
+        "gap": gap.sum(),
+        "gap_max": gap.max(),
+        "mutated_logp": logp.masked_fill(sampled, 0.0).sum(),
+    }
     return {name: float(value) for name, value in sums.items()}
 
 

@@ -229,7 +229,49 @@ def test_static_decoding_gives_the_same_answers(policy, prompts, rollout, monkey
         again = rarl.generate(policy, prompts, G, T, 1.0, torch.Generator().manual_seed(0))
         assert torch.equal(again.ids, rollout.ids) and torch.equal(again.mask, rollout.mask)
         torch.testing.assert_close(again.logp, rollout.logp, atol=1e-5, rtol=0)
-    assert len(rarl._RECORDED[policy]) == 1  # recorded once, used twice
+    (decoder,) = rarl._RECORDED[policy]  # recorded once, used twice
+    # Shorter prompts use it too, whatever the longer ones left in its buffers.
+    for keys, values in decoder.cache.prompt + decoder.cache.own:
+        keys.fill_(torch.nan), values.fill_(torch.nan)
+    shorter = [prompts[i] for i in (2, 0, 0, 2)]
+    assert 64 < max(len(p.ids) for p in shorter) <= decoder.cache.bias.shape[-1] - 64
+    again = rarl.generate(policy, shorter, G, T, 1.0, torch.Generator().manual_seed(1))
+    assert rarl._RECORDED[policy] == [decoder]
+    rarl._RECORDED.clear()
+    monkeypatch.setattr(rarl, "STATIC", {})
+    expected = rarl.generate(policy, shorter, G, T, 1.0, torch.Generator().manual_seed(1))
+    assert torch.equal(again.ids, expected.ids) and torch.equal(again.mask, expected.mask)
+    torch.testing.assert_close(again.logp, expected.logp, atol=1e-5, rtol=0)
+
+
+def test_large_scores_keep_their_differences_in_bf16():
+    # Scores of hundreds, as real Qwen2.5 has: rounded to bf16 (steps of 1 or 2) the weights would be off by half.
+    torch.manual_seed(0)
+    B, G, K, R, P, t, D = 2, 3, 2, 2, 9, 4, 32
+    near = lambda *shape: (10 + 0.1 * torch.randn(*shape, D)).bfloat16()  # alike: scores of 560, 1 apart
+    q, keys, own = near(B, G, K * R), near(B, K, P), near(B, G, K, t)
+    values, own_values = torch.randn(B, K, P, D).bfloat16(), torch.randn(B, G, K, t, D).bfloat16()
+    out = rarl.group_attention(q, (keys, values), (own, own_values), torch.zeros(B, 1, 1, P), 0.0)
+    for b in range(B):
+        for g in range(G):
+            for h in range(K * R):
+                all_keys = torch.cat([keys[b, h // R], own[b, g, h // R]]).double()
+                all_values = torch.cat([values[b, h // R], own_values[b, g, h // R]]).double()
+                exact = (all_keys @ q[b, g, h].double() / D**0.5).softmax(0) @ all_values
+                torch.testing.assert_close(out[b, g, h * D :][:D].double(), exact, atol=0.03, rtol=0)
+
+
+def test_few_decoders_are_kept_and_none_far_too_long_is_used(policy):
+    def cache(B, P):  # one layer, tiny
+        return rarl.Cache([(torch.zeros(B, 1, P, 2),) * 2], [(torch.zeros(B, 2, 1, 8, 2),) * 2], torch.zeros(B, 1, 1, P), (torch.zeros(1),) * 2)  # fmt: skip
+
+    get = lambda *shape: rarl.recorded_decoder(policy, cache(*shape), torch.zeros(1))
+    first = get(1, 256)
+    assert get(1, 128) is first and get(1, 64) is not first and get(2, 256) is not first
+    assert get(1, 128) is first  # now the latest used
+    for B in (3, 4, 5):
+        get(B, 64)
+    assert len(rarl._RECORDED[policy]) == 4 and get(1, 256) is first and get(2, 256) is not first
     rarl._RECORDED.clear()
 
 
