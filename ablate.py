@@ -81,12 +81,24 @@ def measure(out: Path) -> dict[str, float]:
     return row | {"zero spread": mean("zero_spread"), "mutated": mean("mutated")}
 
 
+def defined(values: list[float]) -> list[float]:
+    return [x for x in values if not math.isnan(x)]
+
+
+def cell(values: list[float]) -> str:
+    """Mean and range over seeds; "of 2" if a metric is undefined in the others, as tau is without a valid answer."""
+    known = defined(values)
+    if not known:
+        return "-"
+    text = f"{sum(known) / len(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+    return text if len(known) == len(values) else f"{text} of {len(known)}"
+
+
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     names = list(next(iter(rows.values()))[0])
     lines = [["", *names]]
     for variant, seeds in rows.items():
-        columns = [[row[name] for row in seeds] for name in names]
-        lines.append([variant, *(f"{sum(c) / len(c):.3f} ({min(c):.3f}-{max(c):.3f})" for c in columns)])
+        lines.append([variant, *(cell([row[name] for row in seeds]) for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -102,7 +114,7 @@ def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path
     figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.4), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], shown, strict=True):
         for x, (variant, seeds) in enumerate(rows.items()):
-            values = [row[name] for row in seeds]
+            values = defined([row[name] for row in seeds]) or [math.nan]
             axis.bar(x, sum(values) / len(values), width=0.6, color=f"C{x}", alpha=0.55, label=variant)
             axis.plot([x] * len(values), values, "o", color="black", markersize=4)
         axis.set_title(name + (" (lower is better)" if name.startswith("MAE") else ""), fontsize=10)
@@ -135,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             outs = dict(zip(jobs, pool.map(lambda job: run_one(*job), jobs.values()), strict=True))
         rows = {v: [measure(outs[v, seed]) for seed in args.seeds] for v in EXPERIMENTS[experiment]}
         text = table(rows)
-        print(f"\n{experiment}, {len(args.seeds)} seeds: mean (lowest-highest)\n\n{text}")
+        print(f"\n{experiment}, {len(args.seeds)} seeds: mean (lowest to highest)\n\n{text}")
         Path(f"runs/ablate-{experiment}.txt").write_text(text + "\n")
         picture(experiment, rows, Path(f"runs/ablate-{experiment}.png"))
         print(f"\nwrote runs/ablate-{experiment}.txt and runs/ablate-{experiment}.png", file=sys.stderr)
