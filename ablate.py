@@ -100,7 +100,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     for variant, seeds in rows.items():
         lines.append([variant, *(cell([row[name] for row in seeds]) for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path) -> None:

@@ -612,7 +612,7 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     args = _arguments(argv)
     try:
-        rarl.check_path(args.model)
+        rarl.check_path(args.model)  # before the data is read and the output folder made
         _rank(args) if args.rank else _evaluate(args)
     except (data.DataError, rarl.ModelError, OSError) as error:  # the user's; a bug keeps its traceback
         raise SystemExit(f"eval.py: {error}") from None

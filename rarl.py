@@ -254,14 +254,17 @@ class Rollout:
     mask: Tensor
     logp: Tensor
 
+    def padded(self, width: int, filler: int) -> "Rollout":
+        """A copy with room for `width` tokens, at least as many as there are."""
+        more = (0, width - self.ids.shape[1])
+        return Rollout(F.pad(self.ids, more, value=filler), F.pad(self.mask, more), F.pad(self.logp, more))
+
 
 def concatenate(parts: list[Rollout], filler: int) -> Rollout:
     """Rollouts of different prompts as one, padded to the longest."""
     width = max(part.ids.shape[1] for part in parts)
-    join = lambda xs, value: torch.cat([F.pad(x, (0, width - x.shape[1]), value=value) for x in xs])
-    return Rollout(
-        join([p.ids for p in parts], filler), join([p.mask for p in parts], False), join([p.logp for p in parts], 0.0)
-    )
+    parts = [part.padded(width, filler) for part in parts]
+    return Rollout(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "mask", "logp")))
 
 
 @dataclass
@@ -606,14 +609,17 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
         bounds, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)[None], None
     start, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
-    if (lengths == lengths[0]).all():  # equal windows (images of one size, most often) lie side by side already
-        windows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # (windows, H, length, D)
-        return F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2).flatten(0, 1)[None], None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (windows, length, H, D) each -> the same shape
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+
+    if (lengths == lengths[0]).all():  # images of one size, most often: the windows lie side by side already
+        return attend(*(x.unflatten(0, (len(lengths), -1)) for x in (q, k, v))).flatten(0, 1)[None], None
     out = torch.empty_like(q)
     for length in lengths.unique():
         tokens = start[lengths == length, None] + torch.arange(int(length), device=q.device)  # (windows, length)
-        windows = (x[tokens].transpose(1, 2) for x in (q, k, v))
-        out[tokens] = F.scaled_dot_product_attention(*windows, scale=scaling).transpose(1, 2)
+        out[tokens] = attend(*(x[tokens] for x in (q, k, v)))
     return out[None], None
 
 

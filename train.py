@@ -51,7 +51,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -565,9 +564,8 @@ def put_answers(policy, rollout: rarl.Rollout, rows: Tensor, texts: list[str]) -
     if not texts:
         return rollout.ids, rollout.mask, rollout.logp
     answers = rarl.encode(policy, texts)
-    more = (0, max(0, max(map(len, answers)) - rollout.ids.shape[1]))  # columns that the rollout lacks
-    ids = F.pad(rollout.ids, more, value=policy.eos_id)
-    mask, logp = F.pad(rollout.mask, more), F.pad(rollout.logp, more)  # copies, also where nothing is missing
+    wide = rollout.padded(max(rollout.ids.shape[1], *map(len, answers)), policy.eos_id)
+    ids, mask, logp = wide.ids, wide.mask, wide.logp
     for row, answer in zip(rows.nonzero().flatten().tolist(), answers, strict=True):
         ids[row], mask[row], logp[row] = policy.eos_id, False, 0.0
         ids[row, : len(answer)] = answer.to(ids.device)
@@ -1124,14 +1122,12 @@ def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkp
         beside.write_text("".join(before))
         beside.rename(metrics)
 
-    known = read_results(results) if results.exists() else {}
     if checkpoint:
         take_back((int(checkpoint[0]), checkpoints.extra(checkpoint)["step"]))
     elif s.stage == 2:
         if (out / "stage2").exists():
             (out / "stage2").rename(free_name(out / "stage2"))
         whole.unlink(missing_ok=True)
-        known.pop("stage 2", None)
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
         take_back((2, 0))
     else:
@@ -1140,8 +1136,9 @@ def open_run(out: Path, s: Settings, checkpoint: str | None, checkpoints: Checkp
             out.rename(aside)
             print(f"the earlier {out} is now {aside}", file=sys.stderr)
         out.mkdir(parents=True)
-        known = {}
+    known = read_results(results) if results.exists() else {}
     if not checkpoint:
+        known.pop("stage 2", None)
         saved = dataclasses.asdict(s) | {"resume": False}
         (out / "settings.json").write_text(json.dumps(saved, indent=2) + "\n")
     return known

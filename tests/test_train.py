@@ -224,6 +224,7 @@ def test_an_earlier_run_is_moved_aside(finished, tmp_path):
     earlier = tmp_path / "runs" / "rarl"
     earlier.mkdir(parents=True)
     (earlier / "precious").write_text("weeks of work")
+    (earlier / "results.json").write_text("{ damaged")  # not even read
     checkpoints = train.Checkpoints(earlier / "checkpoints", train.World(0, 1, torch.device("cpu")), 2)
     train.open_run(earlier, train.Settings(), None, checkpoints)
     assert (tmp_path / "runs" / "rarl~1" / "precious").read_text() == "weeks of work"
@@ -344,6 +345,17 @@ def make_batch(policy, settings, mutate=0):
     return train.Batch(prompts, rollout.ids, mask, rollout.logp, mutated, advantages, [""] * N)
 
 
+def gradients_of_update(learner, batch):
+    """-> what an update's optimiser finds, by name, and the update's log"""
+    seen = {}
+
+    class Look(torch.optim.SGD):
+        def step(self):
+            seen.update({n: p.grad.clone() for n, p in learner.policy.named_parameters()})
+
+    return seen, train.update(learner, Look(learner.policy.parameters(), lr=0.1), batch)
+
+
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_micro_batches_change_nothing(policy, normalize):
     grads = []
@@ -356,14 +368,7 @@ def test_micro_batches_change_nothing(policy, normalize):
         batch = make_batch(policy, s)
         lots = train.micro_batches(batch, [0, 1, 2], limit)
         assert sorted(b for lot in lots for b in lot) == [0, 1, 2] and len(lots) == {10**6: 1, 500: 2, 1: 3}[limit]
-        seen = {}
-
-        class Look(torch.optim.SGD):
-            def step(self, seen=seen, policy=learner.policy):
-                seen.update({n: p.grad.clone() for n, p in policy.named_parameters()})
-
-        log = train.update(learner, Look(learner.policy.parameters(), lr=0.1), batch)
-        grads.append((seen, log))
+        grads.append(gradients_of_update(learner, batch))
     for seen, log in grads[1:]:
         for name, grad in grads[0][0].items():
             scale = grad.norm() if "k_proj.bias" not in name else 1.0
@@ -448,15 +453,9 @@ def test_activation_checkpointing_gives_the_same_gradients(policy):
         batch = make_batch(policy, learner.settings)
         # The rollout comes from the same modules, and needs their cache, which checkpointed layers do not fill.
         rarl.generate(learner.actor, batch.prompts, 2, 3)
-        seen = []
-
-        class Look(torch.optim.SGD):
-            def step(self, seen=seen, policy=learner.policy):
-                seen += [p.grad.clone() for p in policy.parameters()]
-
-        train.update(learner, Look(learner.policy.parameters(), lr=0.1), batch)
+        seen, _ = gradients_of_update(learner, batch)
         rarl.generate(learner.actor, batch.prompts, 2, 3)
-        grads.append(seen)
+        grads.append(list(seen.values()))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
