@@ -17,6 +17,7 @@ Legend of shapes:  B prompts  G answers per prompt  N = B*G  P prompt tokens  T 
 A prompt is any object with `.ids (P,)`, `.pixels (S, 1176)`, `.grid (n, 3)`, see data.Prompt.
 """
 
+import copy
 import os
 import weakref
 from dataclasses import dataclass
@@ -134,6 +135,13 @@ def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] 
     policy.model.save_pretrained(path, state_dict=state_dict)
     policy.tokenizer.save_pretrained(path)
     policy.image_processor.save_pretrained(path)
+
+
+def cast_copy(policy: Policy, dtype: torch.dtype) -> Policy:
+    """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions."""
+    # deepcopy takes what the memo already holds: the weights are copied once, in `dtype`, and tied ones stay tied.
+    memo = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in policy.parameters()}
+    return copy.deepcopy(policy, memo)
 
 
 def decode(policy: Policy, ids: Tensor, mask: Tensor) -> list[str]:

@@ -13,10 +13,10 @@ def policy():
     """The embedded policy's architecture with random weights, large enough that tokens, positions and images matter."""
     import torch
 
-    import tiny
+    from experiments import make_tiny
 
     torch.manual_seed(0)
-    policy = tiny.build_policy()
+    policy = make_tiny.build_policy()
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.05 * torch.randn_like(p))

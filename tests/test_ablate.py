@@ -3,7 +3,7 @@
 import math
 import re
 
-import ablate
+from experiments import ablate
 
 
 def test_table_says_how_many_seeds_have_a_value():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import bench
 import rarl
+from experiments import bench
 
 
 @pytest.fixture(scope="module")

@@ -662,10 +662,10 @@ def test_a_sheet_is_not_written_among_the_images(rank, folder):
 
 
 def test_an_untrained_policy_is_told_so(folder, tmp_path):
-    import tiny  # for once real weights, prompts and decoding
+    from experiments import make_tiny  # for once real weights, prompts and decoding
 
     torch.manual_seed(0)
-    rarl.save_policy(tiny.build_policy(), tmp_path / "policy")
+    rarl.save_policy(make_tiny.build_policy(), tmp_path / "policy")
     with pytest.raises(SystemExit, match="none of the 7 answers is valid"):
         evaluation.main(["--model", f"{tmp_path}/policy", "--data", "dials", "--device", "cpu", "--rank", f"{folder}",
                          "--rounds", "1", "--out", f"{tmp_path}/out"])  # fmt: skip

@@ -339,3 +339,16 @@ def test_bad_calls_and_folders(policy, prompts, rollout, tmp_path):
     (tmp_path / "b" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(rarl.ModelError, match="bert"):
         rarl.load_policy(tmp_path / "b")
+
+
+def test_cast_copy_is_frozen_and_leaves_buffers_and_ties_alone(policy):
+    half = rarl.cast_copy(policy, torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in half.parameters()) and all(p.requires_grad for p in policy.parameters())
+    assert half.model.lm_head.weight is half.model.model.language_model.embed_tokens.weight
+    for name, buffer in policy.named_buffers():
+        copied = half.get_buffer(name)
+        assert copied.dtype == buffer.dtype and torch.equal(copied, buffer) and copied is not buffer
+    same = rarl.cast_copy(policy, torch.float32)
+    for ours, copied in zip(policy.parameters(), same.parameters(), strict=True):
+        assert torch.equal(ours, copied) and ours.data_ptr() != copied.data_ptr()

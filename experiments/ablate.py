@@ -1,16 +1,16 @@
 """Ablations of RARL (arXiv 2601.20585) on the embedded default, each a table and a picture. The paper's own:
 
-    python ablate.py reward          # joint reward against regression only and ranking only
-    python ablate.py rmo             # RMO on and off where most groups are alike and poor
+    python -m experiments.ablate reward          # joint reward against regression only and ranking only
+    python -m experiments.ablate rmo             # RMO on and off where most groups are alike and poor
 
 and questions that the summaries of the paper leave open:
 
-    python ablate.py rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
-    python ablate.py rmo_source      # good answers from the ground truth or from the policy's own past
-    python ablate.py delta           # tolerance of R_reg
-    python ablate.py weights         # weights of the rewards
-    python ablate.py stages          # two stages against one of the same length
-    python ablate.py all --seeds 0 1 2
+    python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
+    python -m experiments.ablate rmo_source      # good answers from the ground truth or from the policy's own past
+    python -m experiments.ablate delta           # tolerance of R_reg
+    python -m experiments.ablate weights         # weights of the rewards
+    python -m experiments.ablate stages          # two stages against one of the same length
+    python -m experiments.ablate all --seeds 0 1 2
 
 Every variant is a full `train.py` run with a few settings changed, for every seed, in runs/ablate-EXPERIMENT-VARIANT-SEED. A
 run that is finished is not run again, so an interrupted ablation goes on with the run that it was at. The table shows the mean over
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import train
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 # experiment -> variant -> what it changes in train.py's defaults
 TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: most groups have no right answer

@@ -1,8 +1,8 @@
 """Speed and memory of the shared prompt against the usual way, in one run on the same weights.
 
-    python bench.py                                         # tiny/, this machine: the table of the README
-    python bench.py --sweep group --out runs                # how cost grows with G: table and runs/bench_group.png
-    python bench.py --shape 3b --micro 1 --checkpoint       # Qwen2.5-VL-3B's size, random weights, nothing to download
+    python -m experiments.bench                                         # tiny/, this machine: the table of the README
+    python -m experiments.bench --sweep group --out runs                # how cost grows with G: table and runs/bench_group.png
+    python -m experiments.bench --shape 3b --micro 1 --checkpoint       # Qwen2.5-VL-3B's size, random weights, nothing to download
 
 What is measured, ours and the usual way in turn, so that whatever else the machine does meets both; times as the median of
 `--repeats` runs after a warm-up, memory once:
@@ -43,7 +43,6 @@ Legend of shapes: rarl.py.
 """
 
 import argparse
-import copy
 import json
 import os
 import statistics
@@ -64,7 +63,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPat
 import grpo
 import rarl
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "update", "step", "memory")
 WAYS = ("ours", "usual")
 SHARES = ("of_peak", "of_bandwidth")
@@ -353,9 +352,9 @@ def measure(job: Job, parts, repeats: int) -> dict:
 
 def shaped_policy(shape: str, device: torch.device):
     """The published architecture with random weights; tokenizer and image processor are tiny's."""
-    import tiny
+    from experiments import make_tiny
 
-    small, sizes = tiny.build_policy(), SHAPES[shape]
+    small, sizes = make_tiny.build_policy(), SHAPES[shape]
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -380,9 +379,9 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[rarl.Policy, s
     if args.shape:
         policy, what = shaped_policy(args.shape, device), f"Qwen2.5-VL-{args.shape.upper()}'s shape, random weights"
     elif args.model == "tiny" and not (HERE / "tiny").is_dir():
-        import tiny
+        from experiments import make_tiny
 
-        policy, what = tiny.build_policy(), "tiny's architecture, random weights"
+        policy, what = make_tiny.build_policy(), "tiny's architecture, random weights"
         policy.to(device)
     else:
         folder = HERE / "tiny" if args.model == "tiny" else args.model
@@ -391,14 +390,6 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[rarl.Policy, s
     if args.checkpoint:
         policy.model.activation_checkpointing_enable()
     return policy, f"{what}, {sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters"
-
-
-def cast(policy: rarl.Policy, dtype: torch.dtype) -> rarl.Policy:
-    """A copy whose weights, and nothing else, have another precision: rotary frequencies stay float32."""
-    policy = copy.deepcopy(policy).requires_grad_(False)
-    for p in policy.parameters():
-        p.data = p.data.to(dtype)
-    return policy
 
 
 def make_job(policy, actor, reference, optimizer, args: argparse.Namespace, dtype: torch.dtype) -> Job:
@@ -514,8 +505,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32")
     torch.manual_seed(args.seed)
     policy, what = load(args, device)
-    actor = policy if dtype == torch.float32 else cast(policy, dtype)
-    reference = cast(policy, dtype) if "step" in args.parts and args.beta > 0 else None
+    actor = policy if dtype == torch.float32 else rarl.cast_copy(policy, dtype)
+    reference = rarl.cast_copy(policy, dtype) if "step" in args.parts and args.beta > 0 else None
     # lr is tiny: a step must cost what it costs, and leave the weights (nearly) what they were.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
     machine: dict = {

@@ -1,7 +1,7 @@
 """Makes tiny/, the embedded policy: a Qwen2.5-VL of 1.9 M parameters that stands in for the pretrained model.
 
-    python tiny.py            # 20 minutes on 2 CPU cores; writes tiny/ anew
-    python tiny.py --out X    # elsewhere
+    python -m experiments.make_tiny            # 20 minutes on 2 CPU cores; writes tiny/ anew
+    python -m experiments.make_tiny --out X    # elsewhere
 
 RARL starts from a pretrained vision-language model: it sees well, it speaks JSON, and its numbers are poor. tiny/ is made to
 be just that, in a size that a laptop trains in minutes, and it is honest to say how:
