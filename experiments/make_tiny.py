@@ -37,6 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import rarl
+from support.drawings import drawn_item
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -118,7 +119,7 @@ def build_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 def fresh_items(name: str, start: int, count: int) -> list[data.Item]:
     """Drawings of a stream of their own ('dots/tiny/...'): the policy is never taught an image of train, val or test."""
-    return [data.drawn_item(name, f"{name}/tiny/{i}") for i in range(start, start + count)]
+    return [drawn_item(name, f"{name}/tiny/{i}") for i in range(start, start + count)]
 
 
 def optimizer_and_schedule(groups: list[dict], steps: int):

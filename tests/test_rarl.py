@@ -1,34 +1,26 @@
 """The policy: sampling and scoring, once per group, against transformers' own forward over G copies of the prompt."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+from safetensors.torch import load_file, save_file
 
 import data
 import rarl
+from experiments import usual_way
+from support.drawings import DOTS
 
 G, T = 4, 24
 
 
 def full_forward(policy, prompt, answer, temperature=1.0):
     """Log-probs of one answer the usual way: one row [prompt | answer], transformers' own forward and positions."""
-    model = policy.model
-    ids = torch.cat([prompt.ids, answer])[None]
-    model.set_attn_implementation("sdpa")
-    model.model.visual.patch_embed.__class__ = Qwen2_5_VisionPatchEmbed
-    try:
-        logits = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=prompt.pixels,
-            image_grid_thw=prompt.grid,
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        ).logits[0, len(prompt.ids) - 1 : -1]
-    finally:
-        model.set_attn_implementation(rarl.ATTENTION)
-        model.model.visual.patch_embed.__class__ = rarl.PatchEmbed
+    inputs = usual_way.repeat_inputs(policy, [prompt], 1, (answer[None], torch.ones_like(answer[None])))
+    with usual_way.transformers_alone(policy):
+        logits = policy.model(**inputs).logits[0, len(prompt.ids) - 1 : -1]
     logits = (logits / temperature).masked_fill(policy.banned, -torch.inf)
     return logits.log_softmax(-1).gather(-1, answer[:, None]).squeeze(-1), logits
 
@@ -42,7 +34,7 @@ def prompts(policy):
         *data.make_samples(dials, 4, 1),
         *data.make_samples(dots, 2, 1),
     ]
-    wide = data.Item("wide", 3, data.DOTS, lambda: dots[0].image().resize((224, 140)))
+    wide = data.Item("wide", 3, DOTS, lambda: dots[0].image().resize((224, 140)))
     return data.make_prompts(policy, [*samples, data.Sample((wide, dots[1]))])
 
 
@@ -119,7 +111,7 @@ def test_packed_gradients_equal_repeated(policy, prompts, rollout):
         logp, _ = full_forward(repeated, prompts[row // G], answer)
         (weight[row][rollout.mask[row]] * logp).sum().backward()
     for (name, a), b in zip(packed.named_parameters(), repeated.parameters(), strict=True):
-        # The bias of a key shifts all scores of a query alike: its gradient is 0 but for rounding.
+        # The bias of a key shifts all attention logits of a query alike: its gradient is 0 but for rounding.
         scale = b.grad.norm() if "k_proj.bias" not in name else 1e3 * b.grad.norm() + 1
         assert (a.grad - b.grad).norm() <= 1e-5 * scale, name
 
@@ -222,57 +214,21 @@ def test_head_in_chunks_changes_nothing(policy, prompts, rollout, monkeypatch):
     torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)
 
 
-def test_static_decoding_gives_the_same_answers(policy, prompts, rollout, monkeypatch):
-    # What a GPU records as a graph: fixed shapes, all T places under a mask, padding to a multiple of 64. Same functions.
-    monkeypatch.setattr(rarl, "STATIC", {"cpu"})
-    for _ in range(2):  # the second time from buffers that hold the first time's numbers
-        again = rarl.generate(policy, prompts, G, T, 1.0, torch.Generator().manual_seed(0))
-        assert torch.equal(again.ids, rollout.ids) and torch.equal(again.mask, rollout.mask)
-        torch.testing.assert_close(again.logp, rollout.logp, atol=1e-5, rtol=0)
-    (decoder,) = rarl._RECORDED[policy]  # recorded once, used twice
-    # Shorter prompts use it too, whatever the longer ones left in its buffers.
-    for keys, values in decoder.cache.prompt + decoder.cache.own:
-        keys.fill_(torch.nan), values.fill_(torch.nan)
-    shorter = [prompts[i] for i in (2, 0, 0, 2)]
-    assert 64 < max(len(p.ids) for p in shorter) <= decoder.cache.bias.shape[-1] - 64
-    again = rarl.generate(policy, shorter, G, T, 1.0, torch.Generator().manual_seed(1))
-    assert rarl._RECORDED[policy] == [decoder]
-    rarl._RECORDED.clear()
-    monkeypatch.setattr(rarl, "STATIC", {})
-    expected = rarl.generate(policy, shorter, G, T, 1.0, torch.Generator().manual_seed(1))
-    assert torch.equal(again.ids, expected.ids) and torch.equal(again.mask, expected.mask)
-    torch.testing.assert_close(again.logp, expected.logp, atol=1e-5, rtol=0)
-
-
-def test_large_scores_keep_their_differences_in_bf16():
-    # Scores of hundreds, as real Qwen2.5 has: rounded to bf16 (steps of 1 or 2) the weights would be off by half.
+def test_large_attention_logits_keep_their_differences_in_bf16():
+    # Attention logits of hundreds, as real Qwen2.5 has: rounded to bf16 (steps of 1 or 2), weights would be off by half.
     torch.manual_seed(0)
     B, G, K, R, P, t, D = 2, 3, 2, 2, 9, 4, 32
-    near = lambda *shape: (10 + 0.1 * torch.randn(*shape, D)).bfloat16()  # alike: scores of 560, 1 apart
-    q, keys, own = near(B, G, K * R), near(B, K, P), near(B, G, K, t)
-    values, own_values = torch.randn(B, K, P, D).bfloat16(), torch.randn(B, G, K, t, D).bfloat16()
-    out = rarl.group_attention(q, (keys, values), (own, own_values), torch.zeros(B, 1, 1, P), 0.0)
+    near = lambda *shape: (10 + 0.1 * torch.randn(*shape, D)).bfloat16()  # alike: logits of 560, 1 apart
+    q, keys, answer = near(B, G, K * R), near(B, K, P), near(B, G, K, t)
+    values, answer_values = torch.randn(B, K, P, D).bfloat16(), torch.randn(B, G, K, t, D).bfloat16()
+    out = rarl.group_attention(q, (keys, values), (answer, answer_values), torch.zeros(B, 1, 1, P))
     for b in range(B):
         for g in range(G):
             for h in range(K * R):
-                all_keys = torch.cat([keys[b, h // R], own[b, g, h // R]]).double()
-                all_values = torch.cat([values[b, h // R], own_values[b, g, h // R]]).double()
+                all_keys = torch.cat([keys[b, h // R], answer[b, g, h // R]]).double()
+                all_values = torch.cat([values[b, h // R], answer_values[b, g, h // R]]).double()
                 exact = (all_keys @ q[b, g, h].double() / D**0.5).softmax(0) @ all_values
                 torch.testing.assert_close(out[b, g, h * D :][:D].double(), exact, atol=0.03, rtol=0)
-
-
-def test_few_decoders_are_kept_and_none_far_too_long_is_used(policy):
-    def cache(B, P):  # one layer, tiny
-        return rarl.Cache([(torch.zeros(B, 1, P, 2),) * 2], [(torch.zeros(B, 2, 1, 8, 2),) * 2], torch.zeros(B, 1, 1, P), (torch.zeros(1),) * 2)  # fmt: skip
-
-    get = lambda *shape: rarl.recorded_decoder(policy, cache(*shape), torch.zeros(1))
-    first = get(1, 256)
-    assert get(1, 128) is first and get(1, 64) is not first and get(2, 256) is not first
-    assert get(1, 128) is first  # now the latest used
-    for B in (3, 4, 5):
-        get(B, 64)
-    assert len(rarl._RECORDED[policy]) == 4 and get(1, 256) is first and get(2, 256) is not first
-    rarl._RECORDED.clear()
 
 
 def test_one_token_answers(policy, prompts):
@@ -306,39 +262,149 @@ def test_saved_policy_loads_with_transformers_alone(policy, prompts, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == policy.tokenizer.chat_template
     prompt = prompts[1]
-    ids = prompt.ids[None]
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=prompt.pixels,
-        image_grid_thw=prompt.grid,
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        do_sample=False,
-        max_new_tokens=T,
-        suppress_tokens=policy.banned.nonzero().flatten().tolist(),
-    )
+    out = model.generate(**usual_way.repeat_inputs(policy, [prompt], 1), do_sample=False, max_new_tokens=T)
     ours = rarl.generate(rarl.load_policy(tmp_path), [prompt], 1, T, temperature=0)
     assert out[0, len(prompt.ids) :].tolist() == answers_of(ours)[0].tolist()
+
+
+def test_a_saved_policy_samples_elsewhere_as_it_was_trained(policy, prompts, tmp_path):
+    # The folder that it came from asks for a penalty, a filter and a second EOS, as Qwen's own does.
+    rarl.save_policy(policy, tmp_path / "qwen")
+    end, other = policy.eos_id, policy.tokenizer.pad_token_id
+    asked = dict(do_sample=True, temperature=0.1, top_k=1, top_p=0.001, repetition_penalty=1.05, eos_token_id=[end, other])  # fmt: skip
+    (tmp_path / "qwen" / "generation_config.json").write_text(json.dumps(asked))
+    rarl.save_policy(rarl.load_policy(tmp_path / "qwen"), tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "eos_token_id")
+    assert [written[name] for name in names] == [True, 1.0, 0, 1.0, 1.0, end]
+    # The distributions that transformers samples from, after all its filters, are those that `logprobs` scores.
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    inputs = usual_way.repeat_inputs(policy, prompts[:1], 3)
+    torch.manual_seed(0)
+    out = model.generate(**inputs, max_new_tokens=12, output_scores=True, return_dict_in_generate=True)
+    ids = out.sequences[:, len(prompts[0].ids) :]
+    theirs = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    ours, _ = rarl.logprobs(policy, prompts[:1], ids, mask)
+    before_end = (ids == end).cumsum(1) - (ids == end).long() == 0
+    torch.testing.assert_close(ours[before_end], theirs[before_end], atol=1e-5, rtol=0)
+    assert before_end.sum() > 12
+
+
+@pytest.mark.parametrize("written", [torch.float32, torch.bfloat16])
+def test_config_names_the_dtype_of_the_weights_that_are_written(policy, tmp_path, written):
+    # A policy in bf16 that is handed float32 weights, as the sampling copy on a GPU is, and the other way round.
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[written]
+    weights = {name: weight.to(written) for name, weight in policy.model.state_dict().items()}
+    rarl.save_policy(rarl.cast_copy(policy, other), tmp_path / "given", weights)
+    rarl.save_policy(rarl.cast_copy(policy, written), tmp_path / "own")
+    for folder in (tmp_path / "given", tmp_path / "own"):
+        config = json.loads((folder / "config.json").read_text())
+        assert {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]} == {str(written)[6:]}
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {written}
 
 
 def test_bad_calls_and_folders(policy, prompts, rollout, tmp_path):
     with pytest.raises(ValueError, match="group_size"):
         rarl.generate(policy, prompts, 0, 5)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            rarl.generate(policy, prompts, 1, 5, temperature)
     with pytest.raises(ValueError, match=r"\(B\*G, T\)"):
         rarl.logprobs(policy, prompts, rollout.ids[:-1], rollout.mask[:-1])
-    with pytest.raises(rarl.ModelError, match="does not exist"):
-        rarl.load_policy(tmp_path / "nowhere")
+    for path in (tmp_path / "nowhere", "", "runs/mistyped", "~/nowhere"):
+        with pytest.raises(rarl.ModelError, match="does not exist"):
+            rarl.load_policy(path)
     with pytest.raises(rarl.ModelError, match="config.json"):
         rarl.load_policy(tmp_path)
-    rarl.save_policy(policy, tmp_path / "m")
-    for file in (tmp_path / "m").glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(rarl.ModelError, match="no tokenizer"):
-        rarl.load_policy(tmp_path / "m")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(rarl.ModelError, match="bert"):
-        rarl.load_policy(tmp_path / "b")
+    for device in ("gpu", "cuda:99", "meta", ""):
+        with pytest.raises(rarl.ModelError, match="cannot use device"):
+            rarl.load_policy(tmp_path, device)
+
+
+@pytest.fixture(scope="module")
+def sound(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound") / "m"
+    rarl.save_policy(policy, folder)
+    return folder
+
+
+def edited(**changes):
+    """Rewrites a JSON file. None takes a key away; a dict goes into what the file has under the key."""
+
+    def edit(file):
+        content = json.loads(file.read_text())
+        for key, value in changes.items():
+            if isinstance(value, dict):
+                content[key].update(value)
+            else:
+                content[key] = value
+        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return edit
+
+
+def reweighted(change):
+    """Rewrites the safetensors after `change(weights, name of one of them)`."""
+
+    def edit(file):
+        weights = load_file(file)
+        change(weights, "model.layers.1.mlp.up_proj.weight")
+        save_file(weights, file, {"format": "pt"})
+
+    return edit
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+MISSING = "missing"
+DAMAGES = [
+    ("config.json", MISSING, "config.json"),
+    ("config.json", truncated, "config.json"),
+    ("config.json", lambda file: file.write_text("null"), "config.json"),
+    ("config.json", edited(model_type="bert"), "bert"),
+    ("config.json", edited(text_config={"num_hidden_layers": 3}), "num_hidden_layers"),
+    (
+        "config.json",
+        edited(text_config={"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}),
+        "has no place",
+    ),
+    ("config.json", edited(text_config={"num_attention_heads": 2, "num_key_value_heads": 1}), "mrope_section"),
+    ("config.json", edited(image_token_id=3), "image_pad"),
+    ("tokenizer.json", MISSING, "tokenizer.json"),
+    ("tokenizer.json", truncated, "tokenizer.json"),
+    ("tokenizer.json", lambda file: file.write_text("{}"), "tokenizer.json"),
+    ("tokenizer_config.json", MISSING, "tokenizer_config.json"),  # transformers would take another EOS, silently
+    ("tokenizer_config.json", edited(eos_token="<|endoftext|>"), "eos_token"),
+    ("chat_template.jinja", MISSING, "chat_template.jinja"),
+    ("chat_template.jinja", truncated, "chat_template.jinja"),
+    ("chat_template.jinja", lambda file: file.write_text("{{ messages[0].role }}"), "drops the images"),
+    ("preprocessor_config.json", MISSING, "preprocessor_config.json"),
+    ("preprocessor_config.json", lambda file: file.write_text("[]"), "preprocessor_config.json"),
+    ("preprocessor_config.json", edited(patch_size=16), "patches"),
+    ("model.safetensors", MISSING, "model.safetensors"),
+    ("model.safetensors", truncated, "model.safetensors"),
+    ("model.safetensors", reweighted(lambda w, name: w.pop(name)), "up_proj.weight is missing"),
+    ("model.safetensors", reweighted(lambda w, name: w.update({name: w[name][1:].clone()})), "another shape"),
+    ("model.safetensors", reweighted(lambda w, name: w.update(more=w[name].clone())), "more has no place"),
+    ("model.safetensors", reweighted(lambda w, name: w[name][0, 0].fill_(torch.nan)), "up_proj.weight is not finite"),
+    ("model.safetensors", reweighted(lambda w, name: w[name][0, 0].fill_(torch.inf)), "up_proj.weight is not finite"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGES, ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)])
+def test_a_damaged_folder_is_refused_in_one_sentence(sound, tmp_path, name, damage, message):
+    folder = tmp_path / "m"
+    shutil.copytree(sound, folder)
+    (folder / name).unlink() if damage == MISSING else damage(folder / name)
+    with pytest.raises(rarl.ModelError, match=message) as error:
+        rarl.load_policy(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("copy that file again from where the model came from")
 
 
 def test_cast_copy_is_frozen_and_leaves_buffers_and_ties_alone(policy):
