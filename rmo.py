@@ -7,30 +7,37 @@ replaced by answers that score r + d. Then mean = r + d k / G, std = d sqrt(k (G
     A_mutated = sqrt((G - k) / k)        A_others = -sqrt(k / (G - k))
 
 With G = 8 and k = 1 that is 2.65 and -0.38: a pull towards the good answer and a small push away from each of
-the rest. k = G would be 0 again, for want of contrast, and is refused.
+the rest. With k = G there would be no contrast and the advantages would be 0 again, so that is refused.
 
 The paper (arXiv 2601.20585, by its public summaries) states: when a group is homogeneous and poor, k
 low-reward answers are replaced, with some probability, by the ground truth or an earlier high-reward answer.
 Not stated, so ours:
-1. Homogeneous: the rewards' population std <= `spread`. Poor: the best of them <= `poor`.
-2. The k lowest are replaced, ties in random order: a homogeneous group is mostly ties, and position is no
-   reason.
+1. Homogeneous: the rewards' population std is at most `spread`. Poor: the best of them is at most `poor`.
+2. The k lowest are replaced, ties in random order: most answers of a homogeneous group are tied, and an
+   answer's place in the group is no reason to replace it.
 3. The source is whatever the caller lists as references. Each is used once before any is used twice.
 4. A call draws 1 + G + k random numbers, whatever the group looks like. So one group's rewards do not change
    the luck of the next, and runs with other rewards or references stay comparable.
+5. Earlier high-reward answers: a prompt of several random images hardly ever comes twice, so whole earlier
+   answers would not serve. The history keeps the best value that an earlier answer gave for each image
+   (`remember`, `merge`), and `recall` makes an answer of them, in the order of these values.
 
 The caller scores the returned answers again and computes the advantages from those rewards. The policy did
 not sample the mutated answers. With one update per rollout they are scored like the others (old_logp=None in
-grpo.py: ratio 1, so the gradient is A times that of their log-prob, as in imitation); with several, their
-old log-probs are those of the policy before the first.
+grpo.py: ratio 1, so the gradient is A times that of their log-prob, as in imitation); with several updates,
+their old log-probs are those of the policy before the first. Learning from answers of another source beside
+one's own is what LUFFY does too (arXiv 2504.14945).
 
 Shapes: G answers per prompt.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
 import torch
+
+SPREAD, POOR = 0.1, 0.5  # shares of the best possible reward: see `mutate`
 
 
 def uniforms(rng, n: int) -> list[float]:
@@ -47,20 +54,21 @@ def mutate(
     k: int,
     probability: float,
     *,
-    spread: float = 0.1,
-    poor: float = 0.5,
+    spread: float = SPREAD,
+    poor: float = POOR,
+    max_reward: float = 1.0,
     rng,
 ) -> tuple[list, list[bool]]:
     """Replace the k lowest-reward responses of a group that is homogeneous and poor, with the given chance.
 
-    responses    G answers, of any type
-    rewards      G finite numbers
-    references   good answers to draw from; none: nothing is mutated
-    k            how many are replaced, 0 <= k < G; 0 switches RMO off
-    probability  that a homogeneous and poor group is mutated, in [0, 1]
-    spread, poor bounds for "homogeneous" and "poor" (see the module), in the unit of the rewards; the
-                 defaults suit rewards whose best is 1 (train.py gives shares of full marks, as it has more)
-    rng          torch.Generator, random.Random or numpy.random.Generator; it advances by 1 + G + k numbers
+    responses     G answers, of any type
+    rewards       G finite numbers
+    references    good answers to draw from; none: nothing is mutated
+    k             how many are replaced, 0 <= k < G; 0 switches RMO off
+    probability   that a homogeneous and poor group is mutated, in [0, 1]
+    spread, poor  bounds for "homogeneous" and "poor" (see the module), as shares of max_reward
+    max_reward    the most that a response can earn
+    rng           torch.Generator, random.Random or numpy.random.Generator; it advances by 1 + G + k numbers
 
     Returns (responses, mutated), two new lists of length G; mutated[i]: response i came from the references.
     Raises ValueError if lengths disagree, a reward is not finite, or k or probability is out of range, and
@@ -90,9 +98,11 @@ def mutate(
     tie_break, picks = rest[:group_size], rest[group_size:]
     mutated = [False] * group_size
     rewards = rewards.tolist()
-    homogeneous = statistics.pstdev(rewards) <= spread  # exact: equal rewards give 0, whatever the rounding
+    # pstdev is exact: equal rewards give 0, where a mean in floating point may miss them by a rounding step.
+    homogeneous = statistics.pstdev(rewards) <= spread * max_reward
+    is_poor = max(rewards) <= poor * max_reward
     # trigger is in [0, 1): probability 1 means always, 0 never.
-    if not (homogeneous and max(rewards) <= poor and len(references) > 0 and trigger < probability):
+    if not (homogeneous and is_poor and len(references) > 0 and trigger < probability):
         return responses, mutated
 
     lowest = sorted(range(group_size), key=lambda i: (rewards[i], tie_break[i]))[:k]
@@ -102,3 +112,45 @@ def mutate(
         responses[i] = pool.pop(int(pick * len(pool)))
         mutated[i] = True
     return responses, mutated
+
+
+# An image's name -> (error, value) of the best earlier answer about it: the smallest error |value - label|, and
+# of equal errors the smaller value, so that the order in which answers come does not matter.
+History = dict[str, tuple[float, float]]
+
+
+def remember(
+    names: Sequence[str], labels: Sequence[float], answers: Sequence[Sequence[tuple[int, float]] | None]
+) -> History:
+    """The best value that these answers to one prompt gave for each of its images.
+
+    names, labels  of images 1..n        answers  each a list of (image_id, value), or None if it was not valid
+
+    >>> remember(["a", "b"], [10, 5], [[(1, 13.0), (2, 5.0)], None, [(1, 9.0), (2, 1.0)]])
+    {'a': (1.0, 9.0), 'b': (0.0, 5.0)}
+    """
+    known = [{names[i - 1]: (abs(value - labels[i - 1]), value)} for answer in answers for i, value in answer or ()]
+    return merge(*known)
+
+
+def merge(*histories: History) -> History:
+    """One history with the best entry for each image. The arguments stay as they are."""
+    merged: History = {}
+    for history in histories:
+        for name, (error, value) in history.items():
+            merged[name] = min((error, value), merged.get(name, (error, value)))
+    return merged
+
+
+def recall(history: History, names: Sequence[str], tolerance: float) -> list[tuple[int, float]]:
+    """(image_id, value) of the best earlier values for a prompt's images, lowest value first.
+
+    Empty if an image is unknown or its best value is `tolerance` or more off: then it would earn nothing.
+
+    >>> recall({"a": (1.0, 9.0), "b": (0.0, 5.0)}, ["a", "b"], tolerance=4)
+    [(2, 5.0), (1, 9.0)]
+    """
+    entries = [history.get(name, (math.inf, 0.0)) for name in names]
+    if any(error >= tolerance for error, _ in entries):
+        return []
+    return sorted(((i, value) for i, (_, value) in enumerate(entries, start=1)), key=lambda entry: (entry[1], entry[0]))

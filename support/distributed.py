@@ -1,0 +1,210 @@
+"""Processes and devices: who takes part (World), and the policy in its three roles on them (Learner).
+
+Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
+decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
+decoding. This file is the one place that names the compute dtype: bf16 on a GPU, float32 on a CPU.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import rarl
+from support.settings import SettingError, Settings
+
+
+@dataclass(frozen=True)
+class World:
+    """Who else takes part: torchrun starts `size` processes, this is number `rank`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, thing: Any) -> list:
+        """Everybody's `thing`, by rank."""
+        if self.size == 1:
+            return [thing]
+        things: list = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+def start_world(device: str) -> World:
+    """Join the processes that torchrun started, if it did. device: auto, cpu or cuda. Raises SettingError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingError(f"--device {device}: this machine has no CUDA GPU; take --device cpu")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise SettingError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        name = f"cuda:{local}"
+        torch.cuda.set_device(name)
+    elif name != "cpu":
+        raise SettingError(f"--device {device}: choose auto, cpu or cuda")
+    if size > 1 and not dist.is_initialized():
+        # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name != "cpu" else "gloo")
+    return World(rank, size, torch.device(name))
+
+
+class Learner:
+    """The policy in its three roles: trained (float32 weights), sampled from, and referred to.
+
+    policy          float32 master weights, computed with in bf16 on a GPU (lr 1e-6 vanishes in bf16 weights: from 1 to
+                    the next bf16 number is 0.8 %). On several processes it is sharded: one FSDP unit for each decoder
+                    layer and vision block, the rest (embeddings, head, norms) in the root's.
+    rollout_policy  whole and unsharded, bf16 on a GPU: it samples without any communication and reads half the bytes
+                    per token. On one CPU process it is the policy itself.
+    reference       the policy as the stage began, frozen; None if beta is 0
+    """
+
+    def __init__(self, policy: rarl.Policy, world: World, s: Settings):
+        self.world, self.settings, self.policy = world, s, policy
+        self.rollout_policy = policy
+        if world.device.type == "cuda":
+            self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16).to(world.device)
+        elif world.size > 1:
+            self.rollout_policy = copy.deepcopy(policy).requires_grad_(False)
+        if s.activation_checkpointing:
+            policy.model.activation_checkpointing_enable()
+        self.shard(policy)
+        self.reference: rarl.Policy | None = None
+
+    def shard(self, policy: rarl.Policy) -> None:
+        """Move the policy to its device; on several processes, give each a part of every layer's weights."""
+        world = self.world
+        if world.size == 1:
+            policy.to(world.device)
+            return
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        precision = MixedPrecisionPolicy()
+        if world.device.type == "cuda":
+            # Inputs are left alone: the vision tower's rotary angles come in float32 and would lose digits in bf16.
+            precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        layers = [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]
+        for module in [*layers, policy]:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+
+    def begin_stage(self) -> torch.optim.Optimizer:
+        """A new optimiser; the reference becomes what the policy is now."""
+        s = self.settings
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        make_optimizer_state(self.policy, optimizer)
+        self.reference = None  # frees the last stage's first
+        if s.beta > 0 and self.world.size == 1:  # computed with exactly as the policy is: their KL begins at 0
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        elif s.beta > 0:  # the rollout policy holds the same weights whole
+            self.reference = copy.deepcopy(self.rollout_policy).cpu().requires_grad_(False)
+            self.shard(self.reference)
+        return optimizer
+
+    @torch.no_grad()
+    def sync_rollout_policy(self) -> None:
+        """Gather the weights once; between two syncs every rank samples on its own."""
+        if self.rollout_policy is self.policy:
+            return
+        for ours, theirs in zip(self.rollout_policy.parameters(), self.policy.parameters(), strict=True):
+            ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+
+    def autocast(self):
+        """bf16 matrix products on a GPU."""
+        # No cache: it would hold a bf16 copy of all weights; each is used once in a forward anyway.
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda", cache_enabled=False)
+
+    def prepare(self, prompts: list) -> None:
+        """Do once what rollout, update and reference all need: move the pixels, encode them if vision is frozen."""
+        if self.world.device.type == "cuda":
+            for prompt in prompts:  # in bf16, as they are multiplied
+                prompt.pixels = prompt.pixels.to(self.world.device, torch.bfloat16)
+        if self.settings.freeze_vision:
+            rarl.encode_images(self.rollout_policy, prompts)
+
+    def reference_logprobs(self, batch) -> Tensor | None:
+        """(N, T) log pi_ref of a batch's answers; None without a reference."""
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return rarl.logprobs(self.reference, batch.prompts, batch.ids, batch.mask, self.settings.temperature)[0]
+
+    def clip_gradients(self) -> float:
+        """Scale the gradient down to --max-grad-norm. -> its norm before, the same on all ranks"""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def save(self, folder: Path) -> None:
+        """Write the float32 weights as a Hugging Face folder, on the main rank; all ranks take part in gathering them."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self.policy, options=options)
+        if self.world.main:
+            whole = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            if self.rollout_policy.model.config.tie_word_embeddings:
+                whole.pop("lm_head.weight", None)  # the embeddings' own, listed twice
+            rarl.save_policy(self.rollout_policy, folder, whole)
+
+
+def micro_batches(batch, wanted: list[int], limit: int) -> list[list[int]]:
+    """Prompts in micro-batches whose packed rectangle (prompts, answers and padding) holds at most `limit` tokens.
+
+    Sorted by length, so that little of a rectangle is padding. One prompt that is over the limit goes alone.
+    """
+    G = batch.advantages.shape[1]
+    prompt = [len(p.ids) for p in batch.prompts]
+    answer = batch.mask.view(len(prompt), G, -1).sum(-1).amax(1).tolist()  # longest answer of each group
+    micros: list[list[int]] = []
+    for b in sorted(wanted, key=lambda b: (prompt[b] + G * answer[b], b)):
+        more = [*micros[-1], b] if micros else [b]
+        if micros and len(more) * (max(prompt[i] for i in more) + G * max(answer[i] for i in more)) <= limit:
+            micros[-1] = more
+        else:
+            micros.append([b])
+    return micros
+
+
+def micro_batches_on_all_ranks(learner: Learner, batch) -> tuple[list[tuple[Any, float]], int]:
+    """-> this rank's micro-batches, each with the weight of its loss, 1 or 0; the count that normalises the loss.
+
+    FSDP gathers weights in each forward, so ranks must run equally many: one with fewer repeats some, with weight 0.
+    The count, of answers or answer tokens, is over all ranks: not a mean of the ranks' means.
+    """
+    s, world = learner.settings, learner.world
+    # A group without advantage and without KL has no gradient at all: it is not run.
+    wanted = [b for b in range(len(batch.prompts)) if learner.reference is not None or batch.advantages[b].any()]
+    micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
+    sizes = {"micros": len(micros), "sequence": batch.advantages.numel(), "token": int(batch.mask.sum())}
+    everywhere = world.gather(sizes)
+    missing = max(sizes["micros"] for sizes in everywhere) - len(micros)
+    filler = micros[0] if micros else batch.take([0])
+    count = sum(sizes[s.normalize] for sizes in everywhere)
+    return [(micro, 1.0) for micro in micros] + [(filler, 0.0)] * missing, count
+
+
+def make_optimizer_state(policy: rarl.Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimiser's state now, so that a checkpoint has something to save and to load into.
+
+    get_state_dict does it by a step with lr 0, which counts: Adam would take the first real step for its second.
+    """
+    get_state_dict(policy, optimizer)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()

@@ -1,0 +1,247 @@
+"""What is seen of a run while it trains: the metrics of a step over all ranks, the progress line, warnings, evidence.
+
+Nothing here changes what is learned, with one exception: `Monitor` ends a run whose steps are bad (a loss or gradient
+that is not finite) again and again.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from support.distributed import World
+from support.settings import SettingError, Settings
+from support.tables import finite, mean
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics of one step
+
+
+def rollout_numbers(batch) -> dict[str, list]:
+    """What to average over the sampled answers (before any mutation): name -> numbers. batch: train.Batch, this rank's."""
+    G = batch.advantages.shape[1]
+    samples = [sample for sample in batch.samples for _ in range(G)]  # N, one for each answer
+    rewards, totals = batch.rewards, torch.tensor([r.total for r in batch.rewards], dtype=torch.float64).view(-1, G)
+    return {
+        "reward": [r.total for r in rewards],
+        "format": [r.format for r in rewards],
+        "regression": [r.regression for r in rewards],
+        "ranking": [r.ranking for r, sample in zip(rewards, samples, strict=True) if len(sample.items) > 1],
+        "mae": [
+            abs(value - sample.labels[image - 1])
+            for r, sample in zip(rewards, samples, strict=True)
+            for image, value in r.answer or ()  # of the values in valid answers
+        ],
+        "tokens": batch.sampled_tokens.tolist(),
+        "zero_spread": (totals.amax(1) == totals.amin(1)).tolist(),
+        "mutated": batch.mutated.tolist(),
+        "advantage": batch.advantages.flatten().tolist(),
+    }
+
+
+def rollout_metrics(numbers: list[dict[str, list]]) -> dict[str, float | None]:
+    """Every rank's numbers -> their means over all; None where there is nothing to average."""
+    joined = {name: [x for ranks in numbers for x in ranks[name]] for name in numbers[0]}
+    advantages = torch.tensor(joined.pop("advantage"))
+    return {name: sum(xs) / len(xs) if xs else None for name, xs in joined.items()} | {
+        "advantage_var": advantages.var(correction=0).item()
+    }
+
+
+class UpdateMetrics:
+    """Metrics of one pass over the micro-batches, kept as sums over tokens: they add up over micro-batches and ranks,
+    means would not."""
+
+    def __init__(self) -> None:
+        self.sums: list[dict[str, float]] = []
+
+    def add(self, micro, logp: Tensor, entropy: Tensor, loss: Tensor, stats: dict[str, Tensor]) -> None:
+        """micro: train.Batch. logp, entropy (N, T). loss, stats: what grpo_loss returned."""
+        logp, loss = logp.detach(), loss.detach()
+        sampled = micro.mask & ~micro.mutated[:, None].to(micro.mask.device)  # (N, T), False on mutated answers
+        gap = (logp - micro.sampled_logp).abs().masked_fill(~sampled, 0.0)
+        sums: dict[str, Tensor] = {
+            "loss": loss,
+            "policy_loss": stats["policy_loss"],
+            "tokens": stats["tokens"],
+            **{k: stats[k] * stats["tokens"] for k in ("kl", "ratio", "clip_low", "clip_high") if k in stats},
+            "sampled": sampled.sum(),
+            "entropy": entropy.masked_fill(~sampled, 0.0).sum(),
+            "gap": gap.sum(),
+            "gap_max": gap.max(),
+            "mutated_logp": logp.masked_fill(sampled, 0.0).sum(),
+        }
+        self.sums.append({name: float(value) for name, value in sums.items()})
+
+    def over_all_ranks(self, world: World) -> dict[str, Any]:
+        """Means, and the loss. None: nothing to average."""
+        parts = [part for parts in world.gather(self.sums) for part in parts]
+        total = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
+        tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
+        average = lambda name, count: total[name] / count if count else None
+        return {
+            # Each rank's loss is `size` times its share: see `denominator` in train.update.
+            "loss": total.get("loss", 0.0) / world.size,
+            "policy_loss": total.get("policy_loss", 0.0) / world.size,
+            "entropy": average("entropy", sampled),  # of the policy's own answers
+            **{name: average(name, tokens) for name in ("kl", "ratio", "clip_low", "clip_high") if name in total},
+            # How far the update's log-probs are from those under which the answers were sampled: rounding, or a bug.
+            "logp_gap_mean": average("gap", sampled),
+            "logp_gap_max": max((part["gap_max"] for part in parts), default=None),
+            "mutated_logp": average("mutated_logp", tokens - sampled),
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Warnings
+
+
+class Warnings:
+    """Says once, plainly, when a run shows a known failure of RL with verifiable rewards. Thresholds are ours."""
+
+    def __init__(self, steps: int = 20, first_steps: int = 5):
+        self.steps, self.first_steps = steps, first_steps
+        self.logs: list[dict] = []
+        self.said: set[str] = set()
+
+    def __call__(self, log: dict, max_reward: float) -> str | None:
+        """log: metrics of a step. -> what is wrong and what to try, at most once for each sign"""
+        self.logs.append(log | {"reward": log["reward"] / max_reward})
+        if len(self.logs) == self.first_steps and (sign := self._dead_start()):
+            return sign
+        if len(self.logs) < 2 * self.steps:
+            return None
+        first, last = self.logs[: self.steps], self.logs[-self.steps :]
+        known = lambda name, logs: mean(log.get(name) for log in logs)
+        gain = {name: known(name, last) - known(name, first) for name in ("format", "regression", "ranking")}
+        reward = known("reward", last)
+        signs = {
+            "collapse": (
+                known("zero_spread", last) > 0.8 and reward < 0.9,
+                "the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta",
+            ),
+            "reward hacking": (
+                gain["format"] > 0.1 and gain["regression"] < 0.01 and not gain["ranking"] >= 0.01,
+                "the format improves, values and order do not: lower --w-format, or look at the predictions",
+            ),
+            "stuck": (
+                known("grad_norm", last) < 1e-4 and reward < 0.5,
+                "hardly any gradient while the reward is low: raise --rmo-k, --rmo-probability or --group-size",
+            ),
+        }
+        for name, (present, advice) in signs.items():
+            if present and name not in self.said:
+                self.said.add(name)
+                return f"{name}: over the last {self.steps} steps {advice}"
+        return None
+
+    def _dead_start(self) -> str | None:
+        spread = 1 - mean(log["zero_spread"] for log in self.logs)
+        if spread < 0.02 and mean(log["reward"] for log in self.logs) < 0.9:
+            return (
+                f"dead start: in the first {self.first_steps} steps the answers of every group earned the same, so nothing "
+                "but RMO teaches: raise --temperature, --group-size, --rmo-k and --rmo-probability, or --delta if the "
+                "values are far off"
+            )
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A stage
+
+
+class Monitor:
+    """Writes metrics.jsonl and timing.jsonl, shows the progress line, keeps the evidence of bad steps."""
+
+    def __init__(self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings):
+        self.folder, self.stage, self.world, self.max_bad_steps = folder, stage, world, s.max_bad_steps
+        self.bad = 0  # steps in a row
+        self.warnings = Warnings()
+        self.started = time.time()
+        self.metrics = open(folder / "metrics.jsonl" if world.main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self.timing = open(folder / "timing.jsonl" if world.main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self.progress = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=not world.main)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.progress.close()
+        self.metrics.close()
+        self.timing.close()
+
+    def log(self, step: int, batch, update_metrics: dict[str, Any], max_reward: float) -> None:
+        """Write down one step. All ranks call it. Raises SettingError after --max-bad-steps bad ones in a row."""
+        images = len(batch.samples[0].items)
+        log = {"images": images} | rollout_metrics(self.world.gather(rollout_numbers(batch))) | update_metrics
+        self.bad = self.bad + 1 if log["bad"] else 0
+        if log["bad"]:
+            name = f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
+            keep_evidence(self.folder / "bad_steps" / name, batch, log)
+        if self.world.main:
+            place = {"stage": self.stage, "step": step}
+            self._write(self.metrics, place | log)
+            self._write(self.timing, place | {"seconds": time.time() - self.started})
+            self.progress.set_postfix_str(progress_text(log), refresh=False)
+            if warning := self.warnings(log, max_reward):
+                self.progress.write(f"step {step}: {warning}", file=sys.stderr)
+        self.progress.update()
+        self.started = time.time()
+        if self.bad >= self.max_bad_steps:
+            raise SettingError(
+                f"{self.bad} steps in a row had a loss or gradient that is not finite; the batches are in "
+                f"{self.folder / 'bad_steps'}, the last sound weights in {self.folder / 'checkpoints'}: look at the "
+                "images, or go on from there with --resume and a smaller --lr"
+            )
+
+    @staticmethod
+    def _write(file, entry: dict) -> None:
+        file.write(json.dumps(finite(entry)) + "\n")
+        file.flush()
+
+    def sync(self) -> None:
+        """Bring the log to the disk: it must not be older than the checkpoint that is written next."""
+        if self.world.main:
+            os.fsync(self.metrics.fileno())
+
+
+def progress_text(log: dict) -> str:
+    short = {"reward": "reward", "format": "format", "regression": "reg", "ranking": "rank", "mae": "mae",
+             "entropy": "entropy", "kl": "kl", "zero_spread": "zero"}  # fmt: skip
+    return " ".join(f"{word}={log[name]:.2f}" for name, word in short.items() if log.get(name) is not None)
+
+
+def keep_evidence(path: Path, batch, log: dict) -> None:
+    """What was in a step whose numbers went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    G = batch.advantages.shape[1]
+    groups = [
+        {
+            "images": [item.name for item in sample.items],
+            "labels": sample.labels,
+            "answers": batch.texts[b * G : (b + 1) * G],
+            "advantages": batch.advantages[b].tolist(),
+        }
+        for b, sample in enumerate(batch.samples)
+    ]
+    path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
+
+
+def dead_base(rows: dict[int, dict]) -> str | None:
+    """What to say of a base policy whose answers are nearly all invalid.  rows: number of images -> metrics"""
+    prompts = sum(row["n"] for row in rows.values())
+    valid = sum(row["valid"] * row["n"] for row in rows.values() if not math.isnan(row["valid"])) / max(prompts, 1)
+    if valid >= 0.05:
+        return None
+    return (
+        f"dead start: {valid:.1%} of the base's answers are valid, so hardly any group has a reward to compare. Look at "
+        "predictions_base.jsonl; RMO (--rmo-k, --rmo-probability 1) can teach the format, or start from a model that "
+        "follows instructions"
+    )

@@ -1,0 +1,57 @@
+"""What is checked before a run starts: that images can be read, and that the reward understands the reference answers."""
+
+import sys
+from typing import Any
+
+import torch
+
+import data
+import rarl
+from support.distributed import World
+from support.images import unreadable
+from support.settings import SettingError, Settings
+
+
+def task_overrides(s: Settings) -> dict[str, Any]:
+    return {name: getattr(s, name) for name in ("question", "order", "delta", "decimals")}
+
+
+def load_items(s: Settings, world: World) -> list[list[data.Item]]:
+    """The items of train and test. DataError if one of them has too few for a prompt, or an image cannot be read.
+
+    Every image is decoded once beforehand where they are few enough for that to take a minute at most. Of larger data
+    sets, an unreadable image stops the run when its turn comes, with a checkpoint behind it; or use --skip-bad.
+    """
+    if world.main:
+        print(f"reading {s.data}", file=sys.stderr)
+    splits = data.load_splits(s.data, s.data_root, ("train", "test"), task_overrides(s), s.skip_bad)
+    for items in splits:
+        for n in {1, *s.images}:
+            data.make_pools(items, n)
+    files = [item for items in splits for item in items if item.path is not None]
+    if len(files) <= 5000 and (broken := unreadable(files)):
+        raise data.DataError(f"{next(iter(broken.values()))}; {len(broken)} such in all, --skip-bad leaves them out")
+    return splits
+
+
+def preflight(policy: rarl.Policy, samples: list[data.Sample], stage) -> None:
+    """Refuse to start unless the reference answer of every training prompt earns the highest reward.
+
+    A wrong delta, a broken parser, swapped image ids or a tokenizer that does not give the text back would corrupt
+    every gradient, and nothing would look wrong. Each prompt's reference makes the whole round: text -> tokens ->
+    text -> reward.  stage: train.Stage. Up to 1 % may be missing, as a label may have more decimals than the answer.
+    """
+    references = [data.reference_answer(sample) for sample in samples]
+    unique = sorted(set(references))
+    tokens = dict(zip(unique, rarl.encode(policy, unique), strict=True))
+    read_back = {text: rarl.decode(policy, ids[None], torch.ones(1, len(ids)))[0] for text, ids in tokens.items()}
+    for sample, text in zip(samples, references, strict=True):
+        got, best = stage.reward(read_back[text], sample), stage.weights.max_reward(len(sample.items))
+        if got.total < 0.99 * best or len(tokens[text]) > stage.max_new_tokens:
+            raise SettingError(
+                f"preflight: the reference answer of a training prompt does not earn the highest reward, {got.total:.3f} of {best:g}.\n"
+                f"  images     {[item.name for item in sample.items]}\n  labels     {sample.labels}\n"
+                f"  reference  {text}\n  read back  {read_back[text]}\n  rewards    {got}\n"
+                f"  tokens     {len(tokens[text])} of {stage.max_new_tokens} allowed\n"
+                "Check --delta, the labels, the tokenizer and --max-new-tokens."
+            )

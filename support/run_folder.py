@@ -1,0 +1,232 @@
+"""runs/NAME/: what lies in it, who owns it, where a run starts or goes on.
+
+settings.json                what the run was started with
+metrics.jsonl, timing.jsonl  one line a step
+stage1/, stage2/             the policies in Hugging Face layout, with task.json and checksums.json
+predictions_*.jsonl, .png    answers to the test prompts
+results.json, results.txt    the table; results.txt is written last, so a run that has it is complete
+checkpoints/                 while a stage runs
+bad_steps/                   batches whose loss or gradient was not finite
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from support.atomic_files import replace_folder, write_text
+from support.checkpoints import Checkpoints, damage, write_checksums
+from support.distributed import Learner, World
+from support.settings import MACHINE, SettingError, Settings
+from support.tables import finite
+
+Results = dict[str, dict[int, dict]]  # row of the table ("base", "stage 1") -> number of images -> metrics
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    stage       1 or 2, the first stage that is not finished
+    checkpoint  name of the one to go on from; None: the stage begins
+    model       the policy that the stage begins with: a folder or hub id
+    row         its name in the results
+    """
+
+    stage: int
+    checkpoint: str | None
+    model: str | Path
+    row: str
+
+
+class RunFolder:
+    """The files of one run. All ranks may ask it; only the main rank writes."""
+
+    def __init__(self, path: Path, world: World):
+        self.path, self.world = path, world
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the run's lock, on the main rank. Raises SettingError on all ranks if another process has it.
+
+        The lock is the operating system's (POSIX, by process) and ends with the process, however it ends.
+        """
+        refusal, file = None, None
+        if self.world.main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self.path.with_name(f".{self.path.name}.lock")  # beside the folder, which may be moved aside
+            file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                refusal = (
+                    f"{self.path} belongs to a run that is still going ({file.read().strip() or lock}): wait for it, "
+                    "stop it, or give this one another --name"
+                )
+            else:
+                file.truncate(0)
+                file.write(
+                    f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+                )
+                file.flush()
+        refusal = self.world.gather(refusal)[0]
+        if refusal:
+            raise SettingError(refusal)
+        try:
+            yield
+        finally:
+            if file is not None:
+                file.close()
+
+    def table(self) -> str | None:
+        """The results of a run that is complete, else None. The same on all ranks."""
+        file = self.path / "results.txt"
+        text = file.read_text(encoding="utf-8") if self.world.main and file.is_file() else None
+        return self.world.gather(text)[0]
+
+    def read_results(self) -> Results:
+        """results.json, whose keys are strings and whose undefined metrics are null. {} if there is none."""
+        file = self.path / "results.json"
+        if not file.exists():
+            return {}
+        nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            return {name: {int(n): nan(row) for n, row in rows.items()} for name, rows in known.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise SettingError(
+                f"{file} is damaged ({error}): delete it and --resume; the rows of stages that are done will be missing"
+            ) from None
+
+    def write_results(self, results: Results) -> None:
+        write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
+
+    def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], None]) -> None:
+        """stage1/ or stage2/: the weights, what `describe(folder)` writes beside them, and checksums of all of it."""
+        path = self.path / f"stage{stage}"
+        beside = path.with_name(path.name + ".writing")
+        try:
+            if self.world.main:
+                shutil.rmtree(beside, ignore_errors=True)
+            learner.save(beside)
+            if self.world.main:
+                describe(beside)
+                write_checksums(beside)
+                replace_folder(beside, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise SettingError(f"the policy {path} could not be written ({error}): --resume does it again") from None
+        self.world.barrier()
+
+    def finish(self, table: str, checkpoints: Checkpoints) -> None:
+        """The run is complete from the moment that results.txt is there; only then the checkpoints go."""
+        write_text(self.path / "results.txt", table + "\n")
+        checkpoints.remove()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Beginning
+
+    def find_start(self, s: Settings, checkpoints: Checkpoints, model: str | Path) -> Start:
+        """Where to begin. Raises SettingError if --resume or --stage 2 lacks what it needs.  model: the base's folder"""
+        checkpoint = checkpoints.newest() if s.resume else None
+        if s.resume and checkpoint is None and checkpoints.names():
+            raise SettingError(f"--resume: {checkpoints.folder} holds no sound checkpoint; start without --resume")
+        if checkpoint:
+            self._check_settings_of(checkpoint, s, checkpoints)
+        stage = int(checkpoint[0]) if checkpoint else s.stage or 1
+        if stage == 1 or (s.stage != 2 and s.steps1 == 0):
+            return Start(stage, checkpoint, model, "base")
+        first = self.path / "stage1"
+        if not first.is_dir():
+            raise SettingError(
+                f"--stage 2 starts from {first}, which does not exist: run --stage 1 --name {s.name} first"
+            )
+        if not (first / "checksums.json").is_file():
+            print(f"{first} has no checksums.json, so nobody can tell whether its files are whole", file=sys.stderr)
+        elif wrong := damage(first):
+            raise SettingError(f"stage 2 starts from {first}, but {wrong}: restore it, or run --stage 1 again")
+        return Start(stage, checkpoint, first, "stage 1")
+
+    def _check_settings_of(self, checkpoint: str, s: Settings, checkpoints: Checkpoints) -> None:
+        """A settings.json that was edited by hand would go on as another run, silently."""
+        then = checkpoints.extra(checkpoint).get("settings", {})
+        now = json.loads(json.dumps(comparable(s)))
+        changed = [name for name in now if name in then and then[name] != now[name]]
+        if "lr" in changed and (self.path / "bad_steps").is_dir() and now["lr"] < then["lr"]:
+            changed.remove("lr")
+        if changed:
+            name = changed[0]
+            raise SettingError(
+                f"{self.path / 'settings.json'} was changed after the start: {name} was {then[name]} and is {now[name]}; "
+                "change it back, or start without --resume"
+            )
+
+    def open(self, s: Settings, start: Start, checkpoints: Checkpoints) -> Results:
+        """Make runs/NAME ready, on the main rank. -> results so far.
+
+        A fresh start moves whatever lies there to NAME~1, ~2, ...; nothing is overwritten. Stage 2 alone: only what an
+        earlier stage 2 made gives way, its policy to stage2~1. Resumed: the lines of metrics and timing from the
+        checkpoint's step on are taken back, as they will be written again.
+        """
+        known: Results = {}
+        if s.resume:
+            step = checkpoints.extra(start.checkpoint)["step"] if start.checkpoint else 0
+            self._take_back((start.stage, step))
+            known = self.read_results()
+        elif s.stage == 2:
+            if (self.path / "stage2").exists():
+                (self.path / "stage2").rename(free_name(self.path / "stage2"))
+            (self.path / "results.txt").unlink(missing_ok=True)
+            checkpoints.remove()
+            self._take_back((2, 0))
+            known = self.read_results()
+        else:
+            if self.path.exists():
+                aside = free_name(self.path)
+                self.path.rename(aside)
+                print(f"the earlier {self.path} is now {aside}", file=sys.stderr)
+            self.path.mkdir(parents=True)
+        saved = dataclasses.asdict(s) | {"resume": False}
+        write_text(self.path / "settings.json", json.dumps(saved, indent=2) + "\n")
+        before = ("base",) if start.row == "base" else ("base", "stage 1")  # later rows will be measured again
+        return {name: rows for name, rows in known.items() if name in before}
+
+    def _take_back(self, until: tuple[int, int]) -> None:
+        """Keep the lines of steps before `until` = (stage, step)."""
+        for file in (self.path / "metrics.jsonl", self.path / "timing.jsonl"):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+            kept = []
+            for number, line in enumerate(lines, start=1):
+                try:
+                    entry = json.loads(line)
+                    before = (entry["stage"], entry["step"]) < until
+                except (ValueError, KeyError, TypeError):
+                    if number == len(lines):  # a killed process may have left half a line
+                        break
+                    raise SettingError(f"{file} line {number} is damaged: delete that line, then --resume") from None
+                if before and line.endswith("\n"):
+                    kept.append(line)
+            if lines:
+                write_text(file, "".join(kept))
+
+
+def comparable(s: Settings) -> dict:
+    """The settings that make a run what it is, without those of the machine."""
+    return {name: value for name, value in dataclasses.asdict(s).items() if name not in MACHINE}
+
+
+def free_name(path: Path) -> Path:
+    """path~1, path~2, ...: the first that does not exist."""
+    return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())

@@ -1,0 +1,252 @@
+"""The settings of a training run: one flat block, presets for real data, reading and checking them, and what may change
+when a run is resumed."""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting that cannot work, or a run folder that cannot be used; the message says what to do."""
+
+
+def setting(default, text: str, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class Settings:
+    """The defaults are those of the embedded run. What the paper states is marked [paper]; the rest is our choice."""
+
+    # What
+    model: str = setting("tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one")
+    data: str = setting("dots", "data set, see data.py")
+    data_root: str | None = setting(None, "folder of the data set")
+    name: str = setting("rarl", "results go to runs/NAME; an earlier run of that name is moved aside")
+    stage: int | None = setting(
+        None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
+    )
+    resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
+    seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
+    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
+    question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)")
+    order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
+    decimals: int | None = setting(None, "decimals of a value in the reference answer")
+    # How much
+    steps1: int = setting(150, "rollouts of stage 1 (regression, one image); 0 skips the stage")
+    steps2: int = setting(144, "rollouts of stage 2 (joint, several images); 0 skips the stage")
+    batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
+    group_size: int = setting(8, "G, answers to each prompt")
+    images: tuple[int, ...] = setting(
+        (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]"
+    )
+    # Reward
+    delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)")
+    w_reg: float = setting(1.0, "weight of R_reg")
+    w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
+    w_format: float = setting(1.0, "weight of R_format")
+    # RMO
+    rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
+    rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
+    rmo_source: str = setting(
+        "truth",
+        "the ground truth, or an answer made of the best earlier values for those images",
+        choices=("truth", "history"),
+    )
+    rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of the best possible reward")
+    rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of the best possible reward")
+    # GRPO
+    lr: float = setting(5e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
+    warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
+    weight_decay: float = setting(0.0, "weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
+    beta: float = setting(
+        0.02, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
+    )
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
+    clip_high: float = setting(0.2, "and above 1 + clip_high")
+    normalize: str = setting(
+        "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
+    )
+    updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
+    max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
+    # Machine
+    max_pixels: int | None = setting(
+        None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
+    )
+    freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
+    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
+    max_tokens_per_forward: int = setting(
+        32768, "packed tokens, padding too, in one forward of the update: bounds its memory"
+    )
+    rollout_batch: int = setting(
+        64, "prompts of a process that are encoded and decoded together: bounds the rollout's memory"
+    )
+    activation_checkpointing: bool = setting(
+        False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
+    )
+    workers: int = setting(1, "processes that read and resize the next steps' images; 0: none")
+    # Safety
+    checkpoint_every: int = setting(50, "steps between checkpoints")
+    keep: int = setting(2, "newest checkpoints that are kept")
+    max_bad_steps: int = setting(5, "stop after this many steps in a row whose loss or gradient is not finite")
+    # Evaluation
+    eval_samples: int = setting(200, "test prompts for each number of images")
+    eval_batch_size: int = setting(50, "test prompts at a time")
+
+
+# For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
+# the numbers of steps and the pixels. Model and data root are the user's to give.
+FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
+         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "eval_samples": 500}  # fmt: skip
+PRESETS = {
+    name: FULL_SIZE | {"data": name, "name": name} for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder")
+}
+
+
+# Settings of the machine. They change numbers by rounding at most, so a resumed run may have others; the name is
+# that of the folder, which may have been renamed.
+MACHINE = {
+    "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
+    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing",
+}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(f: dataclasses.Field) -> Any:
+    """The type of a setting that is given: an "int | None" is an int."""
+    return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A flag for each setting. The result holds what was typed and nothing else, so that a preset can fill in the rest."""
+    parser = argparse.ArgumentParser(
+        description="Train a vision-language policy with RARL.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # --image for --images would be a guess
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="defaults for a real backbone on this kind of data")
+    for f in dataclasses.fields(Settings):
+        how: dict[str, Any]
+        if kind_of(f) is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind_of(f) == tuple[int, ...]:
+            how = {"type": int, "nargs": "+"}
+        else:
+            how = {"type": kind_of(f), "choices": f.metadata.get("choices")}
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
+        parser.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
+    return parser
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Defaults, then the preset, then what was typed; of a resumed run, its own. Raises SettingError."""
+    typed = vars(make_parser().parse_args(argv))
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    preset = typed.pop("preset", None)
+    values = dataclasses.asdict(Settings()) | PRESETS.get(preset, {}) | typed
+    check_name(values["name"])
+    if values["resume"]:
+        run = Path("runs") / values["name"]
+        if (run / "settings.json").is_file():
+            values = resumed_settings(run, typed)
+        elif run.is_dir() and any(run.iterdir()):
+            raise SettingError(
+                f"--resume: {run} has no settings.json, which says how it was started: put it back, or start without "
+                "--resume (the folder is then moved aside)"
+            )
+        else:
+            print(f"--resume: nothing is saved in {run} yet, so the run starts", file=sys.stderr)
+            values["resume"] = False
+    for name in ("model", "data_root"):
+        if preset and values[name] is None:
+            raise SettingError(f"--preset {preset} needs {flag(name)}")
+    settings = Settings(**values)
+    check_settings(settings)
+    return settings
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a run was started with. Raises SettingError, which names the file, if it is damaged."""
+    advice = "restore the file, or start the run without --resume"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{file} cannot be read ({error}): {advice}") from None
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    if not isinstance(saved, dict) or saved.keys() != fields.keys():
+        odd = sorted(saved.keys() ^ fields.keys()) if isinstance(saved, dict) else [type(saved).__name__]
+        raise SettingError(f"{file} does not hold the settings of a run ({', '.join(odd)[:200]}): {advice}")
+    for name, value in saved.items():
+        kind = kind_of(fields[name])
+        if kind == tuple[int, ...]:
+            sound = isinstance(value, list) and all(type(x) is int for x in value)
+            saved[name] = tuple(value) if sound else value
+        elif value is None:
+            sound = isinstance(fields[name].type, types.UnionType)
+        else:
+            sound = type(value) is kind or (kind is float and type(value) is int)
+        if not sound:
+            raise SettingError(f"{file}: {name} is {json.dumps(value)[:80]}, which it cannot be: {advice}")
+    return saved
+
+
+def resumed_settings(run: Path, typed: dict[str, Any]) -> dict[str, Any]:
+    """A resumed run is the same run: its settings are those it was started with, but for those of the machine.
+
+    After a stop by --max-bad-steps a smaller --lr is allowed too: nothing else would end the bad steps.
+    """
+    saved = read_settings(run / "settings.json")
+    free = set(MACHINE)
+    if (run / "bad_steps").is_dir() and typed.get("lr", math.inf) < saved["lr"]:
+        free.add("lr")
+    for name in sorted(typed.keys() - free):
+        if saved[name] != typed[name]:
+            old, new = (" ".join(map(str, x)) if isinstance(x, tuple) else x for x in (saved[name], typed[name]))
+            raise SettingError(
+                f"--resume: the run in {run} has {flag(name)} {old}, not {new}; "
+                "leave it out, or start a run of another --name"
+            )
+    return saved | {name: typed[name] for name in typed.keys() & free} | {"name": run.name, "resume": True}
+
+
+def check_name(name: str) -> None:
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > 200:
+        raise SettingError(f"--name {name[:80]} must be a plain folder name")
+
+
+def check_settings(s: Settings) -> None:
+    """Raise SettingError for the first value that cannot work."""
+    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers")  # fmt: skip
+    positive = ("lr", "max_grad_norm", "temperature")
+    rules = [
+        *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
+        *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
+        *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in positive),
+        ("group_size", s.group_size >= 2, "must be at least 2: a group of one has no spread, so no advantage"),
+        ("steps1", s.steps1 >= (s.stage == 1), "must not be negative, and not 0 with --stage 1"),
+        ("steps2", s.steps2 >= (s.stage == 2), "must not be negative, and not 0 with --stage 2"),
+        ("images", all(n >= 1 for n in s.images), "must be numbers of images, each at least 1"),
+        ("max_pixels", s.max_pixels is None or s.max_pixels >= 56 * 56, "must be at least 3136 (56 x 56 pixels)"),
+        ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
+        ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
+        ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
+        ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
+        ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),
+        ("clip_low", 0 <= s.clip_low <= 1, "must be from 0 to 1"),
+    ]
+    for name, ok, what in rules:
+        if not ok:
+            raise SettingError(f"{flag(name)} {getattr(s, name)} {what}")

@@ -1,0 +1,141 @@
+"""support/run_folder.py: what lies there is never overwritten, and damage to any of it is named, never passed over."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from runs import train_here
+
+from support.checkpoints import Checkpoints
+from support.distributed import World
+from support.monitor import Monitor
+from support.run_folder import RunFolder, Start
+from support.settings import Settings
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def open_run(path, s, start):
+    return RunFolder(path, CPU).open(s, start, Checkpoints(path / "checkpoints", CPU, 2))
+
+
+def test_stage_2_anew_is_not_taken_for_complete(tmp_path):
+    out = tmp_path / "rarl"
+    (out / "stage2").mkdir(parents=True)
+    (out / "results.txt").write_text("stage 1's table")
+    (out / "results.json").write_text('{"stage 1": {"1": {"mae": null}}, "stage 2": {}}')
+    (out / "metrics.jsonl").write_text('{"stage": 1, "step": 0}\n{"stage": 2, "step": 0}\n{"stage": 2, "st')
+    results = open_run(out, Settings(stage=2), Start(2, None, out / "stage1", "stage 1"))
+    assert list(results) == ["stage 1"] and math.isnan(results["stage 1"][1]["mae"])
+    assert not (out / "results.txt").exists() and (out / "stage2~1").is_dir()
+    assert (out / "metrics.jsonl").read_text() == '{"stage": 1, "step": 0}\n'
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path):
+    earlier = tmp_path / "runs" / "rarl"
+    earlier.mkdir(parents=True)
+    (earlier / "precious").write_text("weeks of work")
+    (earlier / "results.json").write_text("{ damaged")  # not even read
+    open_run(earlier, Settings(), Start(1, None, "tiny", "base"))
+    assert (tmp_path / "runs" / "rarl~1" / "precious").read_text() == "weeks of work"
+    assert not (earlier / "precious").exists()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run that died in stage 2: it has settings, metrics, results, stage1 and a checkpoint."""
+    folder, here, honest = tmp_path_factory.mktemp("half"), os.getcwd(), Monitor.log
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self, step, *rest):
+        honest(self, step, *rest)
+        if (self.stage, step) == (2, 2):
+            raise Killed
+
+    os.chdir(folder)
+    try:
+        with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):
+            patch.setattr(Monitor, "log", dies)
+            train_here()
+    finally:
+        os.chdir(here)
+    return folder / "runs" / "rarl"
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(name, value):
+    def change(file):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+
+    return change
+
+
+DAMAGE = [
+    ("settings.json", cut, "settings.json cannot be read"),
+    ("settings.json", os.unlink, "has no settings.json"),
+    ("settings.json", edit("lr", "fast"), 'settings.json: lr is "fast", which it cannot be'),
+    ("settings.json", edit("speed", 1), "does not hold the settings of a run (speed)"),
+    ("settings.json", edit("beta", 0.5), "was changed after the start: beta was"),
+    ("metrics.jsonl", lambda file: file.write_text("{}\n" + file.read_text()), "metrics.jsonl line 1 is damaged"),
+    ("timing.jsonl", lambda file: file.write_text("\n" + file.read_text()), "timing.jsonl line 1 is damaged"),
+    ("results.json", cut, "results.json is damaged"),
+    ("results.json", lambda file: file.write_text("[]"), "results.json is damaged"),
+    ("stage1/model.safetensors", cut, "model.safetensors was altered"),
+    ("stage1/model.safetensors", flip, "model.safetensors was altered"),
+    ("stage1/model.safetensors", os.unlink, "stage1 is incomplete"),
+    ("stage1/tokenizer.json", flip, "tokenizer.json was altered"),
+    ("stage1/preprocessor_config.json", os.unlink, "stage1 is incomplete"),
+    ("stage1/config.json", edit("x", 1), "config.json was altered"),
+    ("stage1/checksums.json", cut, "stage1 is incomplete"),
+    ("stage1/task.json", flip, "task.json was altered"),
+    ("stage1", shutil.rmtree, "stage1, which does not exist"),
+]
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGE, ids=[f"{f}-{i}" for i, (f, *_) in enumerate(DAMAGE)])
+def test_damage_is_named_when_a_run_goes_on(half, tmp_path, monkeypatch, capsys, file, damage, message):
+    run = tmp_path / "runs" / "rarl"
+    shutil.copytree(half, run)
+    damage(run / file)
+    weights = {p: p.read_bytes() for p in run.rglob("*.distcp")}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        train_here("--resume")
+    said = capsys.readouterr().err
+    assert error.value.code == 1 and message in said and "Traceback" not in said
+    assert all(p.read_bytes() == content for p, content in weights.items())  # nothing is lost
+
+
+def test_no_sound_checkpoint_is_no_silent_start(half, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "rarl"
+    shutil.copytree(half, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "checksums.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train_here("--resume")
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == 2 and "holds no sound checkpoint; start without --resume" in said
+
+
+def test_stage_1_of_somebody_else_is_taken_with_a_word(half, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "rarl"
+    shutil.copytree(half, run)
+    (run / "stage1" / "checksums.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    train_here("--resume")
+    assert "stage1 has no checksums.json" in capsys.readouterr().err
