@@ -29,6 +29,7 @@ import dataclasses
 import math
 import os
 import random
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def train_stage(
             metrics = update(learner, optimizer, batch)  # loss, step
             learner.sync_rollout_policy()
 
-            history = rmo.merge(history, *(new for ranks in world.gather(batch.history) for new in ranks))
+            if s.rmo_source == "history":
+                history = rmo.merge(history, *world.gather(remembered(batch)))
             monitor.log(step, batch, metrics, stage.weights.max_reward(len(samples[0].items)))
             stopped = max(world.gather(stop.signal))
             done = step + 1
@@ -96,55 +98,33 @@ def train_stage(
 
 def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts: list, history: rmo.History) -> "Batch":
     """rollout -> reward -> mutate -> advantage, on this rank's B prompts."""
-    s, policy, world = learner.settings, learner.rollout_policy, learner.world
+    s, world = learner.settings, learner.world
     B, G = len(samples), s.group_size
-    # Numbers of this rank's prompts in the whole batch: they seed what is drawn at random, on whichever rank that is.
-    numbers = range(world.rank, B * world.size, world.size)
+    sample_of = [sample for sample in samples for _ in range(G)]  # N, the prompt of each answer
+    # What is drawn at random for a prompt is seeded by its number in the whole batch, whichever rank has it.
+    keys = [(s.seed, stage.number, step, number) for number in range(world.rank, B * world.size, world.size)]
 
     # rollout: G answers to each prompt
-    generators = [torch.Generator().manual_seed(seed_of(s.seed, stage.number, step, number)) for number in numbers]
-    rollouts = []
-    for b in range(0, B, s.rollout_batch):
-        part = slice(b, b + s.rollout_batch)
-        rollouts.append(rarl.generate(policy, prompts[part], G, stage.max_new_tokens, s.temperature, generators[part]))
-    rollout = rarl.concatenate(rollouts, policy.eos_id)
-    texts = rarl.decode(policy, rollout.ids, rollout.mask)  # N
+    rollout, texts = sample_answers(learner, stage, prompts, keys)
 
     # reward
-    rewards = [stage.reward(text, samples[i // G]) for i, text in enumerate(texts)]  # N
-    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(B, G)
+    rewards = [stage.reward(text, sample) for text, sample in zip(texts, sample_of, strict=True)]  # N
 
-    # mutate: groups that are all alike and poor get a good answer, which is then scored like the others
-    mutated = torch.zeros(B, G, dtype=torch.bool)
-    for b, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
-        group = slice(b * G, (b + 1) * G)
-        texts[group], changed = rmo.mutate(
-            texts[group],
-            totals[b],
-            references_for(stage, sample, s.rmo_source, history, totals[b].kthvalue(max(1, s.rmo_k)).values.item()),
-            s.rmo_k,
-            s.rmo_probability,
-            spread=s.rmo_spread,
-            poor=s.rmo_poor,
-            max_reward=stage.weights.max_reward(len(sample.items)),
-            rng=random.Random(seed_of("rmo", s.seed, stage.number, step, number)),
-        )
-        mutated[b] = torch.tensor(changed)
-        for g in mutated[b].nonzero().flatten().tolist():
-            totals[b, g] = stage.reward(texts[b * G + g], sample).total
+    # mutate: a good answer into groups that are all alike and poor. It is then scored like the others
+    texts, mutated = mutate_groups(s, stage, samples, texts, rewards, history, keys)
+    scored = [
+        stage.reward(text, sample) if was_mutated else r
+        for text, sample, r, was_mutated in zip(texts, sample_of, rewards, mutated, strict=True)
+    ]
 
     # advantage, from the rewards after mutation
+    totals = torch.tensor([r.total for r in scored], dtype=torch.float64).view(B, G)
     advantages = grpo.group_advantages(totals).float()  # (B, G)
 
-    answers = with_mutated(policy, rollout, mutated.flatten(), texts)
+    answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
     return Batch(
-        prompts, answers.ids, answers.mask, answers.logp, mutated.flatten(), advantages,
-        samples=samples, texts=texts, rewards=rewards, sampled_tokens=rollout.mask.sum(1),
-        history=[
-            rmo.remember([i.name for i in sample.items], sample.labels, [r.answer for r in rewards[b * G : (b + 1) * G]])
-            for b, sample in enumerate(samples)
-            if s.rmo_source == "history"
-        ],
+        prompts, answers.ids, answers.mask, answers.logp, torch.tensor(mutated), advantages,
+        samples=samples, texts=texts, rewards=rewards, scored=scored, sampled_tokens=rollout.mask.sum(1),
     )  # fmt: skip
 
 
@@ -265,8 +245,8 @@ class Batch:
     samples: list[data.Sample] = dataclasses.field(default_factory=list)  # B
     texts: list[str] = dataclasses.field(default_factory=list)  # N, after mutation
     rewards: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, of the answers as sampled
+    scored: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, after mutation
     sampled_tokens: Tensor | None = None  # (N,), lengths as sampled
-    history: list[rmo.History] = dataclasses.field(default_factory=list)  # new entries, if RMO uses them
 
     def take(self, groups: list[int]) -> "Batch":
         """Some of the groups, as wide as their longest answer."""
@@ -276,6 +256,46 @@ class Batch:
         ids, mask, sampled_logp = (x[rows, :width] for x in (self.ids, self.mask, self.sampled_logp))
         prompts = [self.prompts[b] for b in groups]
         return Batch(prompts, ids, mask, sampled_logp, self.mutated[rows], self.advantages[groups])
+
+
+def sample_answers(learner: Learner, stage: Stage, prompts: list, keys: list[tuple]) -> tuple[rarl.Rollout, list[str]]:
+    """G answers to each of B prompts, `rollout_batch` prompts at a time. -> tokens, and their N texts"""
+    s, policy = learner.settings, learner.rollout_policy
+    generators = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
+    rollouts = []
+    for b in range(0, len(prompts), s.rollout_batch):
+        part = slice(b, b + s.rollout_batch)
+        rollouts.append(
+            rarl.generate(policy, prompts[part], s.group_size, stage.max_new_tokens, s.temperature, generators[part])
+        )
+    rollout = rarl.concatenate(rollouts, policy.eos_id)
+    return rollout, rarl.decode(policy, rollout.ids, rollout.mask)
+
+
+def mutate_groups(
+    s: Settings, stage: Stage, samples: list[data.Sample], texts: list[str], rewards: list[reward.Reward],
+    history: rmo.History, keys: list[tuple],
+) -> tuple[list[str], list[bool]]:  # fmt: skip
+    """RMO on each of B groups. -> N texts, some of them replaced, and which ones"""
+    mutated_texts, mutated = [], []
+    for b, (sample, key) in enumerate(zip(samples, keys, strict=True)):
+        group = slice(b * s.group_size, (b + 1) * s.group_size)
+        totals = [r.total for r in rewards[group]]  # G
+        to_be_replaced = sorted(totals)[: s.rmo_k]
+        answers, changed = rmo.mutate(
+            texts[group],
+            totals,
+            references_for(stage, sample, s.rmo_source, history, max(to_be_replaced, default=0.0)),
+            s.rmo_k,
+            s.rmo_probability,
+            spread=s.rmo_spread,
+            poor=s.rmo_poor,
+            max_reward=stage.weights.max_reward(len(sample.items)),
+            rng=random.Random(seed_of("rmo", *key)),
+        )
+        mutated_texts += answers
+        mutated += changed
+    return mutated_texts, mutated
 
 
 def references_for(stage: Stage, sample: data.Sample, source: str, history: rmo.History, replaced: float) -> list[str]:
@@ -290,9 +310,21 @@ def references_for(stage: Stage, sample: data.Sample, source: str, history: rmo.
     return [text] if entries and stage.reward(text, sample).total > replaced else []
 
 
-def with_mutated(policy: rarl.Policy, rollout: rarl.Rollout, mutated: Tensor, texts: list[str]) -> rarl.Rollout:
-    """The rollout with the texts of mutated rows in place of what was sampled (their logp is 0).  mutated (N,)"""
-    rows = mutated.nonzero().flatten().tolist()
+def remembered(batch: Batch) -> rmo.History:
+    """The best value that the policy's own answers of this step gave for each image."""
+    G = batch.advantages.shape[1]
+    groups = [batch.rewards[b * G : (b + 1) * G] for b in range(len(batch.samples))]
+    return rmo.merge(
+        *(
+            rmo.remember([item.name for item in sample.items], sample.labels, [r.answer for r in group])
+            for sample, group in zip(batch.samples, groups, strict=True)
+        )
+    )
+
+
+def with_mutated(policy: rarl.Policy, rollout: rarl.Rollout, mutated: list[bool], texts: list[str]) -> rarl.Rollout:
+    """The rollout with the texts of mutated rows in place of what was sampled (their logp is 0).  mutated, texts: N"""
+    rows = [row for row, was_mutated in enumerate(mutated) if was_mutated]
     if not rows:
         return rollout
     answers = rarl.encode(policy, [texts[row] for row in rows])
@@ -390,6 +422,8 @@ def run(s: Settings, stop: Stop) -> Results:
             if world.main:
                 folder.write_results(results)
                 print(f"\n{results_table(results)}\n", flush=True)
+                if name == "base" and (warning := dead_base(results[name])):
+                    print(warning, file=sys.stderr)
 
         if start.row not in results:
             report(start.row)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from support.distributed import World
 from support.settings import SettingError, Settings
 from support.tables import finite, mean
+from support.watch import watch_step
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics of one step
@@ -161,7 +162,8 @@ class Monitor:
     """Writes metrics.jsonl and timing.jsonl, shows the progress line, keeps the evidence of bad steps."""
 
     def __init__(self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings):
-        self.folder, self.stage, self.world, self.max_bad_steps = folder, stage, world, s.max_bad_steps
+        self.folder, self.stage, self.world = folder, stage, world
+        self.max_bad_steps, self.watch_every = s.max_bad_steps, s.watch_every
         self.bad = 0  # steps in a row
         self.warnings = Warnings()
         self.started = time.time()
@@ -192,6 +194,8 @@ class Monitor:
             self.progress.set_postfix_str(progress_text(log), refresh=False)
             if warning := self.warnings(log, max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
+            if self.watch_every and step % self.watch_every == 0:
+                watch_step(self.folder, self.stage, step, batch)
         self.progress.update()
         self.started = time.time()
         if self.bad >= self.max_bad_steps:

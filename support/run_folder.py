@@ -205,7 +205,7 @@ class RunFolder:
 
     def _take_back(self, until: tuple[int, int]) -> None:
         """Keep the lines of steps before `until` = (stage, step)."""
-        for file in (self.path / "metrics.jsonl", self.path / "timing.jsonl"):
+        for file in (self.path / name for name in ("metrics.jsonl", "timing.jsonl", "groups/groups.jsonl")):
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
             kept = []
             for number, line in enumerate(lines, start=1):

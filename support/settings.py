@@ -97,6 +97,8 @@ class Settings:
     checkpoint_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "newest checkpoints that are kept")
     max_bad_steps: int = setting(5, "stop after this many steps in a row whose loss or gradient is not finite")
+    # Watching
+    watch_every: int = setting(25, "steps between pictures of a group of answers and of the curves so far; 0: none")
     # Evaluation
     eval_samples: int = setting(200, "test prompts for each number of images")
     eval_batch_size: int = setting(50, "test prompts at a time")
@@ -115,7 +117,7 @@ PRESETS = {
 # that of the folder, which may have been renamed.
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
-    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing",
+    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every",
 }  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def check_name(name: str) -> None:
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "watch_every")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),

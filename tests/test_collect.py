@@ -116,7 +116,7 @@ def test_history_gives_what_earlier_answers_found_and_only_if_it_is_better(polic
     learner = make_learner(policy, rmo_source="history", rmo_poor=1.0)
     batch = collect(learner, stage, samples=samples)
     assert not batch.mutated.any()  # nothing is known yet
-    assert rmo.merge(*batch.history) == {name: (3.0, label + 3) for name, label in zip(names, labels, strict=True)}
+    assert train.remembered(batch) == {name: (3.0, label + 3) for name, label in zip(names, labels, strict=True)}
     # Image 0: an earlier answer was 1 off. Image 1: 3.5 off, worse than what is there. Image 2: as good as that.
     history = {names[0]: (1.0, labels[0] - 1), names[1]: (3.5, labels[1] - 3.5), names[2]: (3.0, labels[2] - 3)}
     batch = collect(learner, stage, samples=samples, history=history)

@@ -112,7 +112,7 @@ def test_mutated_answers_replace_tokens_mask_and_logp(policy):
     texts = ['[{"image_id": 1, "value": 3}]', '[{"image_id": 2, "value": 13}, {"image_id": 1, "value": 20}]']
     said = ["sampled"] * 12
     said[2], said[7] = texts
-    answers = train.with_mutated(policy, rollout, rows, said)
+    answers = train.with_mutated(policy, rollout, rows.tolist(), said)
     ids, mask, logp = answers.ids, answers.mask, answers.logp
     assert rarl.decode(policy, ids[rows], mask[rows]) == texts
     assert (ids[rows].gather(1, mask[rows].sum(1, keepdim=True) - 1) == policy.eos_id).all()  # they teach to stop

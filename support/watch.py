@@ -1,0 +1,43 @@
+"""Pictures of a run while it trains: every so many steps one group of answers, and the curves so far."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from support.curves import draw_curves, read_run
+from support.group_sheet import draw_group
+from support.tables import finite
+
+
+def watch_step(folder: Path, stage: int, step: int, batch) -> None:
+    """Write groups/STAGE-STEP.png, a line of groups.jsonl, and curves.png if matplotlib is there.  batch: train.Batch"""
+    G = batch.advantages.shape[1]
+    # The group whose rewards differ most is the one that says most.
+    spread = [max(r.total for r in group) - min(r.total for r in group) for group in groups_of(batch.scored, G)]
+    b = spread.index(max(spread))
+    rows = slice(b * G, (b + 1) * G)
+    sample, texts, scored = batch.samples[b], batch.texts[rows], batch.scored[rows]
+    advantages, mutated = batch.advantages[b].tolist(), batch.mutated[rows].tolist()
+    (folder / "groups").mkdir(exist_ok=True)
+    title = f"Stage {stage}, step {step}: one prompt and its {G} answers"
+    draw_group(sample, texts, scored, advantages, mutated, title, folder / "groups" / f"{stage}-{step:07d}.png")
+    line = {
+        "stage": stage,
+        "step": step,
+        "images": [item.name for item in sample.items],
+        "labels": sample.labels,
+        "question": sample.task.question,
+        "answers": [
+            {"text": text, "advantage": a, "mutated": m, "format": r.format, "regression": r.regression,
+             "ranking": r.ranking, "reward": r.total}
+            for text, r, a, m in zip(texts, scored, advantages, mutated, strict=True)
+        ],
+    }  # fmt: skip
+    with open(folder / "groups" / "groups.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(line)) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
+
+
+def groups_of(rows: list, G: int) -> list[list]:
+    return [rows[i : i + G] for i in range(0, len(rows), G)]
