@@ -37,13 +37,15 @@ def format_number(x: float | None, digits: int = 3) -> str:
     return f"{x:.{digits}f}" if abs(x) < 1e6 else f"{x:.1e}"
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first row is the head. The first column is aligned left, the others right.
+def format_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Rows of cells, the first row is the head. The columns `left` are aligned left, the others right.
 
     >>> print(format_table([["", "MAE"], ["base", "12.5"]]))
           MAE
     base 12.5
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    align = [str.ljust if k in left else str.rjust for k in range(len(columns))]
+    lines = [[pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)] for row in rows]
     return "\n".join(" ".join(line).rstrip() for line in lines)

@@ -1,0 +1,75 @@
+"""Evaluations as people read them: one table for each number of images, and remarks on what a number hides."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from support.tables import format_number, format_table
+
+Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize
+
+COLUMNS = {"valid": "valid", "n": "n", "mae": "MAE", "accuracy": "accuracy", "srcc": "SRCC", "plcc": "PLCC",
+           "regression": "R_reg", "tau": "tau", "tau_values": "tau_values", "tau_n": "n (tau)"}  # fmt: skip
+OF_ORDER = ("tau", "tau_values", "tau_n")  # one image has no order
+
+
+def results_table(results: Results) -> str:
+    """A block for each number of images, in it a row for each policy; "-": undefined.
+
+    The rows of eval.blind_rows stand last in each block. n: prompts; n (tau): those that tau and tau_values rest on.
+    """
+    lines: list[list[str]] = []
+    blind = lambda name: any("constant" in row for row in results[name].values())
+    for n in sorted({n for rows in results.values() for n in rows}):
+        columns = [key for key in COLUMNS if n > 1 or key not in OF_ORDER]
+        empty = [""] * (len(COLUMNS) - len(columns))
+        lines += [[""] * (1 + len(COLUMNS))] if lines else []
+        lines.append([f"{n} image{'s' * (n > 1)}", *(COLUMNS[key] for key in columns), *empty])
+        for name in sorted(results, key=blind):
+            if (row := results[name].get(n)) is not None:
+                lines.append([_label(name, row), *(_cell(key, row.get(key)) for key in columns), *empty])
+    return format_table(lines)
+
+
+def _label(name: str, row: dict) -> str:
+    constant = row.get("constant")
+    return name if constant is None or math.isnan(constant) else f"{name}: {constant:g}"
+
+
+def _cell(key: str, value: float | None) -> str:
+    if key == "valid" and value is not None and not math.isnan(value):
+        return f"{value:.1%}"
+    return format_number(value)
+
+
+ENOUGH = 10  # fewer values or lists that are alike may be chance
+NEARLY_ALL_VALUES = 0.9
+NEARLY_ALL_ORDERS = 0.95
+FEW_VALID = 0.5
+
+
+def remarks(predictions: Sequence[dict]) -> list[str]:
+    """Sentences on what the metrics hide: few valid answers, one value nearly always, lists always in prompt order."""
+    said = []
+    valid = [p for p in predictions if p["values"] is not None]
+    if len(valid) < FEW_VALID * len(predictions):
+        said.append(
+            f"only {len(valid)} of {len(predictions)} answers are valid: what is said of values and order rests on these"
+        )
+    values = [value for p in valid for value in p["values"]]
+    labels = [label for p in valid for label in p["labels"]]
+    value, times = Counter(values).most_common(1)[0] if values else (math.nan, 0)
+    if len(values) >= ENOUGH and times >= NEARLY_ALL_VALUES * len(values):
+        right = labels.count(value) / len(labels)
+        said.append(
+            f"the policy says {value:g} for {times / len(values):.0%} of the images, whose label it is for {right:.0%}: "
+            "compare it with the best constants"
+        )
+    several = [p["order"] for p in valid if len(p["order"]) > 1]
+    unsorted = sum(order == sorted(order) for order in several)
+    if len(several) >= ENOUGH and unsorted >= NEARLY_ALL_ORDERS * len(several):
+        said.append(
+            f"the policy lists the images in the order of the prompt in {unsorted / len(several):.0%} of its answers: "
+            "its tau is chance"
+        )
+    return said

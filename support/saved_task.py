@@ -1,0 +1,190 @@
+"""The question that a policy was trained on, saved beside its weights as task.json, so that it is asked the same again.
+
+A policy that is asked in other words, or scored with another tolerance, looks worse than it is, and nothing would say
+so. Training saves every task that it used, the data set's name, and what the user changed; evaluation and ranking apply
+it where the same data set is asked for. Another data set (transfer) is asked its own question.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data import DataError, Item, Task, load_splits
+from support.atomic_files import write_text
+
+FILE = "task.json"
+FIELDS = ("question", "order", "delta", "decimals")  # of a task, and what a user may change
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """What training asked.
+
+    data        name of the data set
+    tasks       every task that training used, by its name
+    overrides   {"question": ..., "order": ..., "delta": ..., "decimals": ...}, those that the user gave
+    max_pixels  images were shrunk to this area; None: the model's own limit
+    skip_bad    unreadable images and bad rows were left out
+    """
+
+    data: str
+    tasks: dict[str, Task]
+    overrides: dict[str, Any]
+    max_pixels: int | None
+    skip_bad: bool
+
+
+def save_task(
+    folder: Path, name: str, items: list[Item], overrides: dict, max_pixels: int | None, skip_bad: bool
+) -> None:
+    """Write task.json into a policy's folder.
+
+    name       the data set
+    items      what was trained on; their tasks are saved
+    overrides  question, order, delta and decimals as the user gave them; None or absent: not given
+    """
+    tasks = {item.task.name: item.task for item in items}
+    content = {
+        "data": name,
+        "tasks": [asdict(task) for _, task in sorted(tasks.items())],
+        "overrides": {field: value for field, value in overrides.items() if value is not None},
+        "max_pixels": max_pixels,
+        "skip_bad": skip_bad,
+    }
+    write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def load_task(folder: str | Path) -> SavedTask | None:
+    """What lies in a policy's folder; None if it has no task.json, or is a hub id. Raises DataError if it is damaged."""
+    file = Path(folder) / FILE
+    if not file.exists():
+        return None
+    try:
+        if not file.is_file():
+            raise ValueError("it is not a file")
+        return _checked(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{file} is damaged ({type(error).__name__}: {error}): restore it, or delete it and give --question, "
+            "--order, --delta and --decimals as in training"
+        ) from None
+
+
+def _checked(content: dict) -> SavedTask:
+    """The content of a task.json as a SavedTask. Raises ValueError, KeyError or TypeError for what cannot be."""
+    tasks = [Task(**task) for task in content["tasks"]]
+    if not tasks or len({task.name for task in tasks}) < len(tasks):
+        raise ValueError("it must hold at least one task, each under a name of its own")
+    overrides = content["overrides"]
+    for values in (*map(asdict, tasks), overrides):
+        for field, value in values.items():
+            _check_field(field, value)
+    max_pixels, skip_bad = content["max_pixels"], content["skip_bad"]
+    if not isinstance(content["data"], str) or type(skip_bad) is not bool:
+        raise ValueError("data must be a name, and skip_bad true or false")
+    if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 56 * 56):
+        raise ValueError(f"max_pixels {max_pixels!r} is no area of at least 3136 pixels")
+    return SavedTask(content["data"], {task.name: task for task in tasks}, overrides, max_pixels, skip_bad)
+
+
+def _check_field(field: str, value: Any) -> None:
+    if field in ("name", "question", "order"):
+        sound = isinstance(value, str) and bool(value.strip())
+    elif field == "delta":
+        sound = type(value) in (int, float) and 0 < value < math.inf
+    else:
+        sound = field == "decimals" and type(value) is int and 0 <= value <= 9
+    if not sound:
+        raise ValueError(f"{field} {value!r} cannot be")
+
+
+def overrides_for(saved: SavedTask | None, name: str, given: dict) -> dict:
+    """What to change in the tasks of data set `name`: what is given now, else what was given for training on it."""
+    given = {field: value for field, value in given.items() if value is not None}
+    return saved.overrides | given if saved and saved.data == name else given
+
+
+def apply(saved: SavedTask | None, name: str, items: list[Item], given: dict) -> list[Item]:
+    """The items with the tasks that training asked, where `name` is the data set of training.
+
+    items  loaded with `overrides_for`: a group that training never saw has its own task with training's changes
+    given  question, order, delta, decimals as given now; they win
+    """
+    if saved is None or saved.data != name:
+        return items
+    kept = [field for field in FIELDS if given.get(field) is None]
+    tasks = {}
+    for task in {item.task for item in items}:
+        trained = saved.tasks.get(task.name, task)
+        tasks[task] = replace(task, **{field: getattr(trained, field) for field in kept})
+    return [replace(item, task=tasks[item.task]) for item in items]
+
+
+def load_to_evaluate(
+    saved: SavedTask | None, name: str, root: str | None, split: str, given: dict, skip_bad: bool | None
+) -> tuple[list[Item], list[Item]]:
+    """The items of a split, asked as in training, and those of train (for the constants that a blind policy would say).
+
+    skip_bad  None: as in training, where it was this data set
+    """
+    if skip_bad is None:
+        skip_bad = saved is not None and saved.data == name and saved.skip_bad
+    splits = tuple(dict.fromkeys((split, "train")))
+    loaded = load_splits(name, root, splits, overrides_for(saved, name, given), skip_bad)
+    items, *train = [apply(saved, name, some, given) for some in loaded]
+    return items, train[0] if train else items
+
+
+def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None, given: dict) -> Task:
+    """The one question to rank by: of the data set `name`, else that of training, else the one that is given whole.
+
+    Raises DataError where there is none or more than one.
+    """
+    from support.readers import make_task
+
+    if name is not None:
+        tasks = _tasks_of(saved, name, root)
+        whose = f"--data {name} asks"
+    elif saved:
+        tasks = list(saved.tasks.values())
+        whose = f"this policy was trained on {saved.data}, which asks"
+    else:
+        tasks = []
+    if len(tasks) != 1 and given.get("question") and given.get("order"):
+        tasks = [Task("question", "", "", delta=1.0)]  # delta matters to rewards alone
+    if not tasks:
+        raise DataError("this policy has no task.json, so --rank needs either --data or both --question and --order")
+    if len(tasks) > 1:
+        some = min(task.question for task in tasks)
+        raise DataError(f"{whose} {len(tasks)} questions, such as {some!r}: say which with --question and --order")
+    return make_task(tasks[0], given)
+
+
+def _tasks_of(saved: SavedTask | None, name: str, root: str | None) -> list[Task]:
+    """All questions that a data set asks; where training was on it, those of training."""
+    from support.readers import READERS
+
+    if saved and saved.data == name:
+        return list(saved.tasks.values())
+    if name in READERS and root is None:
+        _, task = READERS[name]
+        if "{" not in task.question + task.order:
+            return [task]
+        raise DataError(
+            f"the question of --data {name} depends on the images in it: give --data-root too, or instead of both "
+            "--question and --order"
+        )
+    return list({item.task for item in load_splits(name, root, ("train",))[0]})
+
+
+def describe(tasks: list[Task], saved: SavedTask | None, name: str | None) -> str:
+    """What is asked, in a line or two for people; it says so where a policy is asked another data set's question."""
+    different = sorted({(task.question, task.delta) for task in tasks})
+    question, delta = different[0]
+    many = f"{len(different)} questions, such as " if len(different) > 1 else ""
+    text = f"asked: {many}{question} (delta {delta:g})"
+    if saved and name is not None and name != saved.data:
+        text += f"\nthis policy was trained on {saved.data}; the question of {name} is new to it"
+    return text

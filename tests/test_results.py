@@ -1,0 +1,82 @@
+"""The table of results and the remarks beside it."""
+
+import json
+
+from fakes import answer, sample
+
+import eval as evaluation
+from support.results import remarks, results_table
+from support.tables import finite
+
+
+def judged(*pairs):
+    return [evaluation.judge(shown, text) for shown, text in pairs]
+
+
+def row(**known):
+    return evaluation.summarize([]) | {"n": 60} | known
+
+
+def test_table_is_aligned_and_shows_what_is_undefined():
+    results = {
+        "base": {
+            1: row(valid=1.0, mae=3.81, regression=0.5),
+            8: row(valid=1 / 60, mae=1e300, tau=-0.5, tau_values=1.0, tau_n=1),
+        },
+        "stage 1": {1: row(valid=0.985, mae=0.25), 8: row(valid=0.0)},
+    }
+    lines = results_table(results).splitlines()
+    assert lines[0].split() == ["1", "image", "valid", "n", "MAE", "accuracy", "SRCC", "PLCC", "R_reg"]
+    assert lines[1].split() == ["base", "100.0%", "60", "3.810", "-", "-", "-", "0.500"]
+    assert lines[2].split() == ["stage", "1", "98.5%", "60", "0.250", "-", "-", "-", "-"]
+    assert lines[3] == ""
+    head = lines[4]
+    assert head.split()[:2] == ["8", "images"] and head.endswith("R_reg    tau tau_values n (tau)")
+    assert lines[5].split() == ["base", "1.7%", "60", "1.0e+300", "-", "-", "-", "-", "-0.500", "1.000", "1"]
+    assert lines[6].split() == ["stage", "1", "0.0%", "60", "-", "-", "-", "-", "-", "-", "-", "0"]
+    for name, cell in (("MAE", "1.0e+300"), ("tau", "-0.500"), ("tau_values", "1.000"), ("n (tau)", "1")):
+        end = (head + " ").index(f" {name} ") + 1 + len(name)
+        assert lines[5][:end].endswith(cell), "a number stands below its name"
+
+
+def test_blind_rows_stand_last_and_say_their_constant():
+    samples = {2: [sample(1, 9), sample(9, 1)]}
+    blind = evaluation.blind_rows(samples, [item for s in samples[2] for item in s.items])
+    results = {"base": {2: row(tau=0.5)}} | blind | {"stage 1": {2: row(tau=0.7)}}
+    names = [line.split("  ")[0].split(":")[0] for line in results_table(results).splitlines()[1:]]
+    assert names == ["base", "stage 1", "best constant by R_reg", "best constant by MAE", "prompt order"]
+    assert "best constant by MAE: 5 " in results_table(results)
+    # The same from results.json, where what is undefined is null.
+    back = json.loads(json.dumps(finite(results)))
+    back = {name: {int(n): metrics for n, metrics in rows.items()} for name, rows in back.items()}
+    assert results_table(back) == results_table(results)
+
+
+def test_remarks_name_a_policy_that_says_one_value_nearly_always():
+    right = [(sample(n), answer((1, n))) for n in range(10)]
+    assert remarks(judged(*right)) == []
+    once = [(sample(n), answer((1, 1 if n else 7))) for n in range(10)]  # 9 of 10
+    (said,) = remarks(judged(*once))
+    assert "says 1 for 90% of the images, whose label it is for 10%" in said
+    assert remarks(judged(*once[:9])) == [], "fewer may be chance"
+    eight = [(sample(n), answer((1, 1 if n > 1 else 7 + n))) for n in range(10)]
+    assert remarks(judged(*eight)) == []
+
+
+def test_remarks_name_a_policy_that_lists_in_prompt_order():
+    def listed(in_order, others):
+        orders = [(1, 2, 3)] * in_order + [(2, 1, 3)] * others
+        return judged(*((sample(3, 2, 1), answer(*((i, 10 * k + i) for i in order))) for k, order in enumerate(orders)))
+
+    (said,) = remarks(listed(19, 1))  # 95 %
+    assert "in the order of the prompt in 95% of its answers" in said
+    assert remarks(listed(18, 2)) == [] and remarks(listed(9, 0)) == []
+    single = judged(*((sample(n), answer((1, n))) for n in range(10)))
+    assert remarks(single) == [], "one image has no order"
+
+
+def test_remarks_say_on_how_few_answers_the_numbers_rest():
+    predictions = judged((sample(1, 2), answer((1, 1), (2, 2))), *[(sample(1, 2), "?")] * 59)
+    assert remarks(predictions) == ["only 1 of 60 answers are valid: what is said of values and order rests on these"]
+    assert remarks(judged((sample(1), answer((1, 1))), (sample(1), "?"))) == []
+    assert remarks([]) == []
