@@ -25,6 +25,9 @@ again on the CPU. The loss is divided by counts over all processes, so N of them
 Shapes: B prompts of this process, G answers per prompt, N = B*G (answer g of prompt b in row b*G + g), T answer tokens.
 """
 
+import support.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
+
+# isort: split
 import dataclasses
 import math
 import os
@@ -47,14 +50,14 @@ import grpo
 import rarl
 import reward
 import rmo
-from support import pictures
 from support.checkpoints import Checkpoints
 from support.distributed import Learner, micro_batches_on_all_ranks, start_world
-from support.interrupts import Interrupted, Stop, leave
+from support.interrupts import Interrupted, Stop, leave, lost_process
 from support.loader import load_steps
 from support.monitor import Monitor, UpdateMetrics, dead_base
+from support.pictures import draw_predictions
 from support.preflight import load_items, preflight, task_overrides
-from support.results import Results, results_table
+from support.results import Results, remarks, results_table
 from support.run_folder import RunFolder, comparable
 from support.saved_task import save_task
 from support.settings import SettingError, Settings, parse_settings
@@ -376,22 +379,28 @@ def load_start(model: str | Path, s: Settings) -> rarl.Policy:
     return policy
 
 
-def evaluate_everywhere(learner: Learner, items: list[data.Item], name: str, folder: RunFolder) -> dict[int, dict]:
-    """The policy on held-out prompts with 1 and with `images` images, shared among the ranks -> metrics of each."""
+def evaluate_everywhere(
+    learner: Learner, samples: dict[int, list[data.Sample]], name: str, folder: RunFolder
+) -> dict[int, dict]:
+    """The policy on held-out prompts, shared among the ranks.  samples: number of images -> prompts.  -> metrics of each"""
     s, world, policy = learner.settings, learner.world, learner.rollout_policy
     rows: dict[int, dict] = {}
-    samples: list[data.Sample] = []
     predictions: list[dict] = []
-    for n in sorted({1, *s.images}):
-        few = data.make_samples(items, n, s.eval_samples)
+    for n, few in samples.items():
+        progress = f"{name}, {n} image{'s' * (n > 1)}" if world.main else None
         mine = few[world.rank :: world.size]
-        parts = world.gather(evaluation.ask(policy, mine, s.eval_batch_size, data.max_answer_tokens(policy, few)))
+        length = data.max_answer_tokens(policy, few)
+        parts = world.gather(evaluation.ask(policy, mine, s.eval_batch_size, length, progress))
         answers = [parts[i % world.size][i // world.size] for i in range(len(few))]
         rows[n] = evaluation.summarize(answers)
-        samples, predictions = samples + few, predictions + answers
+        predictions += answers
     if world.main:
-        evaluation.write_predictions(predictions, folder.path / f"predictions_{name}.jsonl")
-        pictures.draw_predictions(samples, predictions, folder.path / "predictions.png")
+        evaluation.write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
+        draw_predictions([x for few in samples.values() for x in few], predictions, folder.path / "predictions.png")
+        warnings = [f"{name}: {remark}" for remark in remarks(predictions)]
+        if name == "base" and (dead := dead_base(rows)):
+            warnings.append(dead)
+        print(*warnings, sep="\n", file=sys.stderr)
     return rows
 
 
@@ -415,15 +424,15 @@ def run(s: Settings, stop: Stop) -> Results:
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
         stages = [make_stage(number, policy, train_items, s, show=world.main) for number in numbers]
         results = world.gather(folder.open(s, start, checkpoints) if world.main else None)[0]
+        tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
+        blind = evaluation.blind_rows(tests, train_items)
         learner = Learner(policy, world, s)
 
         def report(name: str) -> None:
-            results[name] = evaluate_everywhere(learner, test_items, name.replace(" ", ""), folder)
+            results[name] = evaluate_everywhere(learner, tests, name, folder)
             if world.main:
-                folder.write_results(results)
-                print(f"\n{results_table(results)}\n", flush=True)
-                if name == "base" and (warning := dead_base(results[name])):
-                    print(warning, file=sys.stderr)
+                folder.write_results(results | blind)
+                print(f"\n{results_table(results | blind)}\n", flush=True)
 
         if start.row not in results:
             report(start.row)
@@ -433,9 +442,9 @@ def run(s: Settings, stop: Stop) -> Results:
             folder.save_policy(learner, stage.number, lambda beside: describe_policy(beside, s, train_items))
             report(f"stage {stage.number}")
         if world.main:
-            folder.finish(results_table(results), checkpoints)
+            folder.finish(results_table(results | blind), checkpoints)
             print(f"wrote {folder.path}/")
-    return results
+    return results | blind
 
 
 def describe_policy(folder: Path, s: Settings, items: list[data.Item]) -> None:
@@ -452,6 +461,10 @@ def main(argv: list[str] | None = None) -> None:
         run(parse_settings(argv), Stop())
     except (SettingError, data.DataError, rarl.ModelError, OSError, Interrupted) as error:
         leave("train.py", error, rank, size)
+    except RuntimeError as error:  # a bug keeps its traceback; the death of a helper process or of a rank is none
+        if not (sentence := lost_process(error)):
+            raise
+        leave("train.py", SettingError(sentence), rank, size)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from support.quiet_end import abandon_broken_stdout
+
 
 class Interrupted(BaseException):
     """SIGTERM or SIGINT asked for an end. No Exception, so that nothing catches it by the way."""
@@ -45,6 +47,21 @@ class Stop:
             self.waiting = False
 
 
+def lost_process(error: RuntimeError) -> str | None:
+    """What to say of an error that means: a process or the memory is gone. None: the error means something else."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return "a process that reads images was ended from outside (out of memory?): --resume goes on, --workers 0 does without it"
+    if "out of memory" in text or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text.splitlines()[0][:120]}): --resume with a smaller --max-tokens-per-forward or "
+            "--rollout-batch, or with --activation-checkpointing"
+        )
+    if any(word in text.lower() for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer")):
+        return f"another process of this run was lost ({text.splitlines()[0][:120]}): --resume goes on from the newest checkpoint"
+    return None
+
+
 def leave(program: str, error: BaseException, rank: int = 0, size: int = 1) -> None:
     """End the program with one line on stderr and without a traceback. Does not return.
 
@@ -57,6 +74,7 @@ def leave(program: str, error: BaseException, rank: int = 0, size: int = 1) -> N
     code = 128 + error.number if isinstance(error, Interrupted) else 1
     if rank == 0 or not isinstance(error, Interrupted):
         print(f"{program}: {error}", file=sys.stderr, flush=True)
+    abandon_broken_stdout()
     if size > 1:  # the others may wait in a collective: leave without the clean-up that would wait for them
         os._exit(code)
     sys.exit(code)
