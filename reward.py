@@ -31,19 +31,23 @@ The paper states r_i, Kendall's tau, a format reward and a weighted sum. The res
    whole text. A second block, or one after other text, is prose like any other.
 7. The text must hold exactly one top-level JSON list, of whatever content: with two, which one is meant? So
    "[1]" beside an answer spoils it, "[sic]" does not. From left to right, each bracket is read as JSON for as
-   long as that works: a complete list counts; a complete object is passed over together with the lists in it;
-   where the reading breaks off ("[20, 30)", "{x", a list cut short), all up to there was prose, and the
-   search goes on from there. A thousand brackets to try, or a thousand levels, are noise and no answer.
+   long as that works. A complete list counts. A complete object is passed over, together with the lists in it.
+   Where the reading breaks off ("[20, 30)", "{x", a list cut short), all up to there was prose, and the search
+   goes on from there. A text with a thousand brackets to try, a thousand levels, or ten thousand commas and
+   opening brackets is noise and no answer. So the time is linear in the length, whatever a model writes.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+Answer = list[tuple[int, float]]  # (image_id in 1..n, value) in the order listed
 
 
-def _parse_int(digits):
+def _parse_int(digits: str) -> int | float:
     """An int, or inf where no float is that large: int() itself refuses, and raises, beyond 4300 digits."""
     return int(digits) if math.isfinite(float(digits)) else math.inf
 
@@ -52,46 +56,76 @@ def _parse_int(digits):
 # read, as Python does, and fail as values.
 _JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=_parse_int)
 _BRACKET = re.compile(r"[\[{]")
-_MAX_BRACKETS = 1000  # one that fails may cost a pass over the text: json counts the lines for its message
+_MAX_BRACKETS = 1000  # to try
+_MAX_PARTS = 10_000  # commas and opening brackets; an answer for n images has 3 n
+_MAX_READ = 10_000  # characters before a bracket that is tried: for its error message, json counts their lines
 
 
-def _after_thinking(text):
+def _after_thinking(text: str) -> str:
     """The stripped text, without its leading think block; empty if that block is never closed."""
     text = text.strip()
     return text.partition("</think>")[2].strip() if text.startswith("<think>") else text
 
 
-def _only_list(text):
-    """(value, source) of the one top-level JSON list, (None, None) if there is none or more than one."""
-    lists, position = [], 0
+def _only_list(text: str) -> tuple[list[Any], str] | None:
+    """(value, source) of the one top-level JSON list. None if there is none or more than one, and for noise."""
+    if text.count("[") + text.count("{") + text.count(",") > _MAX_PARTS:
+        return None
+    lists: list[tuple[list[Any], str]] = []
+    position = 0
     for _ in range(_MAX_BRACKETS):
         bracket = _BRACKET.search(text, position)
         if bracket is None:
-            return lists[0] if len(lists) == 1 else (None, None)
+            return lists[0] if len(lists) == 1 else None
+        start = bracket.start()
+        if start > _MAX_READ:
+            text, start = text[start:], 0
         try:
-            value, position = _JSON.raw_decode(text, bracket.start())
+            value, position = _JSON.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            position = error.pos  # never back to the second bracket: "[[[[..." would take quadratic time
+            position = error.pos  # not back to the second bracket: "[[[[..." would take quadratic time
         except RecursionError:
-            break  # a thousand levels deep
+            return None  # a thousand levels deep
         else:
             if isinstance(value, list):
-                lists.append((value, text[bracket.start() : position]))
-    return None, None
+                lists.append((value, text[start:position]))
+    return None
 
 
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)  # bool is a subclass of int, hence type()
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # bool is an int, hence type()
 
 
-def _finite_labels(labels):
+def _parse(text: str, num_images: int) -> tuple[Answer | None, bool]:
+    """The answer in `text` or None, and whether the text is nothing else. Everything below reads a text by this."""
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}.")
+    body = _after_thinking(text)
+    found = _only_list(body)
+    if found is None:
+        return None, False
+    entries, source = found
+    answer = []
+    for entry in entries:
+        if not isinstance(entry, tuple) or sorted(key for key, _ in entry) != ["image_id", "value"]:
+            return None, False
+        fields = dict(entry)
+        if type(fields["image_id"]) is not int or not _is_number(fields["value"]):
+            return None, False
+        answer.append((fields["image_id"], float(fields["value"])))
+    if sorted(image_id for image_id, _ in answer) != list(range(1, num_images + 1)):
+        return None, False
+    return answer, source == body
+
+
+def _finite_labels(labels: Iterable[float]) -> list[float]:
     labels = [float(label) for label in labels]
     if not all(map(math.isfinite, labels)):
         raise ValueError(f"labels must be finite numbers, got {labels}.")
     return labels
 
 
-def parse_response(text, num_images):
+def parse_response(text: str, num_images: int) -> Answer | None:
     """The answer in `text`, or None if it holds no answer.
 
     text: str, what the policy wrote, think block and prose included. num_images: int, n >= 1.
@@ -105,23 +139,10 @@ def parse_response(text, num_images):
     >>> parse_response('[{"image_id": 2, "value": 17}]', num_images=2) is None  # image 1 is missing
     True
     """
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}.")
-    entries, _ = _only_list(_after_thinking(text))
-    if entries is None:
-        return None
-    answer = []
-    for entry in entries:
-        if not isinstance(entry, tuple) or sorted(key for key, _ in entry) != ["image_id", "value"]:
-            return None
-        fields = dict(entry)
-        if type(fields["image_id"]) is not int or not _is_number(fields["value"]):
-            return None
-        answer.append((fields["image_id"], float(fields["value"])))
-    return answer if sorted(image_id for image_id, _ in answer) == list(range(1, num_images + 1)) else None
+    return _parse(text, num_images)[0]
 
 
-def is_strict_format(text, num_images):
+def is_strict_format(text: str, num_images: int) -> bool:
     """Whether `text` is exactly one answer: nothing but white space and one leading think block around it.
 
     Arguments and errors as in `parse_response`.
@@ -133,11 +154,10 @@ def is_strict_format(text, num_images):
     >>> is_strict_format('Image 1 is about 31: [{"image_id": 1, "value": 31}]', num_images=1)
     False
     """
-    body = _after_thinking(text)
-    return parse_response(text, num_images) is not None and _only_list(body)[1] == body
+    return _parse(text, num_images)[1]
 
 
-def kendall_tau(ranking, labels):
+def kendall_tau(ranking: Sequence[int], labels: Iterable[float]) -> float:
     """Kendall's tau of a predicted order against the true labels, over the pairs whose labels differ.
 
     ranking: the n image ids 1..n, lowest first. labels: n finite numbers, labels[i] belongs to image i + 1.
@@ -158,16 +178,26 @@ def kendall_tau(ranking, labels):
     return sum(signs) / len(signs) if signs else math.nan
 
 
-class Reward(NamedTuple):
-    """R_format (0 or 1), R_reg and R_rank (both in [0, 1]) and their weighted sum R_final."""
-
+class _Rewards(NamedTuple):
     format: float
     regression: float
     ranking: float
     total: float
 
 
-def compute_reward(text, labels, delta, w_reg=1, w_rank=1, w_format=1):
+class Reward(_Rewards):
+    """R_format (0 or 1), R_reg and R_rank (both in [0, 1]) and their weighted sum R_final: a tuple of four.
+
+    Beside it, `answer` is what was read: (image_id, value) pairs as `parse_response` gives them, None if there is
+    no answer. So a text need not be parsed again for its values.
+    """
+
+    answer: Answer | None = None
+
+
+def compute_reward(
+    text: str, labels: Iterable[float], delta: float, w_reg: float = 1, w_rank: float = 1, w_format: float = 1
+) -> Reward:
     """The rewards of one answer: see the equations at the top of this file.
 
     text: str, what the policy wrote. labels: n >= 1 finite numbers, labels[i] belongs to image i + 1.
@@ -192,10 +222,9 @@ def compute_reward(text, labels, delta, w_reg=1, w_rank=1, w_format=1):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {weight}.")
 
-    answer = parse_response(text, len(labels))
+    answer, strict = _parse(text, len(labels))
     if answer is None:
         return Reward(0.0, 0.0, 0.0, 0.0)
-    format_ = float(is_strict_format(text, len(labels)))
 
     errors = [(value - labels[image_id - 1]) / delta for image_id, value in answer]  # in units of delta
     regression = sum(max(0.0, 1 - e * e) for e in errors) / len(errors)  # e ** 2 raises where e * e is inf
@@ -205,4 +234,7 @@ def compute_reward(text, labels, delta, w_reg=1, w_rank=1, w_format=1):
         tau = kendall_tau([image_id for image_id, _ in answer], labels)
         ranking = 1.0 if math.isnan(tau) else (1 + tau) / 2
 
-    return Reward(format_, regression, ranking, w_reg * regression + w_rank * ranking + w_format * format_)
+    total = w_reg * regression + w_rank * ranking + w_format * strict
+    reward = Reward(float(strict), regression, ranking, total)
+    reward.answer = answer
+    return reward
