@@ -1,6 +1,6 @@
 """GRPO: group advantages, KL to the reference and the clipped loss, as plain functions of tensors.
 
-G answers o_i to one prompt are scored r_i. The group is its own baseline, so that no critic is learned:
+G answers o_i to one prompt get rewards r_i. Their mean is the baseline, so no critic has to be learned:
 
     A_i   = (r_i - mean(r)) / std(r)                                           group_advantages
     rho   = pi_theta(o_t) / pi_old(o_t)                                        per token
@@ -10,15 +10,21 @@ G answers o_i to one prompt are scored r_i. The group is its own baseline, so th
 Sources: DeepSeekMath (arXiv 2402.03300, section 4.1) and RARL (arXiv 2601.20585), which trains with it.
 
 Choices and differences:
-1. std is the population's (over G, not G - 1) plus eps; a group with no spread gets exact zeros, not
-   rounding noise / eps.
-2. The two clip bounds are apart. Equal, as by default, they are DeepSeekMath's; clip_high > clip_low is DAPO's
-   "clip-higher" (arXiv 2503.14476), which lets unlikely tokens grow.
-3. normalize="sequence" is DeepSeekMath's mean of means: all answers weigh the same, so a token of a short one
+1. std is the population's (over G, not G - 1), and eps is added to it. A group whose rewards are all equal gets
+   exact zeros.
+2. The lower and the upper clip bound are two settings. By default they are equal, as in DeepSeekMath.
+   clip_high > clip_low is DAPO's "clip-higher" (arXiv 2503.14476), which lets unlikely tokens grow.
+3. normalize="sequence" is DeepSeekMath's mean of means: all answers weigh the same, so a token of a short answer
    weighs more. normalize="token" is DAPO's: all tokens weigh the same. The summaries of RARL do not say which.
-4. Log-ratios above 10 go along exp's tangent instead of exp (`bounded_exp`). They come from answers that the
+4. Above a log-ratio of 10, exp is continued by its tangent (`bounded_exp`). Such ratios come from answers that the
    policy did not sample, such as the mutated ones of rmo.py.
-5. `denominator` normalises by the whole batch, where a call sees only a part of it.
+5. `denominator` normalises by the whole batch where a call sees only a part of it.
+6. pi_old is the policy before the first update on a rollout, scored by the same forward as pi_theta. The log-probs
+   that came with the samples never enter the ratio: sampling runs other kernels, on a GPU in bf16, and their
+   rounding would look like a change of the policy. With one update per rollout old_logp is None: the ratio is
+   exactly 1, and the gradient is A times that of logp.
+7. A mutated answer (rmo.py) has no sampling log-probs. Its old_logp comes from the same scoring as that of the
+   others, so its ratio also starts at 1, and the update pulls towards it by its advantage.
 
 Shapes: B prompts, G answers per prompt, N = B*G answers, T answer tokens.
 """
@@ -28,16 +34,16 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """At least float32, as bf16 has no room for ratios near 1 (its next number is 1.0078). float64 stays."""
+    """x in float32, or in float64 if it is that already. In bf16 the number after 1 is 1.0078, too coarse for ratios."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def bounded_exp(x: Tensor, bound: float = 10.0) -> Tensor:
-    """exp(x) up to `bound`, its tangent there above: finite, increasing, with a continuous gradient.
+    """exp(x) up to `bound`, and above it the tangent of exp at `bound`: increasing, with a continuous gradient.
 
-    A plain clamp would be finite too, but has no gradient beyond: where policy and reference are furthest
-    apart, nothing would pull any more. Here the gradient stops growing (at e^10 = 22026) instead of
-    vanishing. Very negative x need no bound, exp goes to 0 there.
+    A clamp would be finite too, but its gradient is 0 above the bound. So nothing would pull the policy back where
+    it is furthest from the reference. Here the gradient stops growing (at e^10 = 22026) and does not vanish.
+    Very negative x need no bound, because exp goes to 0 there.
 
     >>> bounded_exp(torch.tensor([0.0, 10.0, 12.0])) / torch.e**10  # at 12 the tangent: e^10 (1 + 12 - 10)
     tensor([4.5400e-05, 1.0000e+00, 3.0000e+00])
@@ -62,7 +68,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     rewards = full_precision(rewards)
     mean = rewards.mean(1, keepdim=True)  # (B, 1)
     std = rewards.std(1, correction=0, keepdim=True)  # (B, 1)
-    # The mean of equal numbers may miss them by a rounding step; over eps, that is a gradient from nothing.
+    # The computed mean of equal numbers may differ from them by rounding. Divided by eps, that would be an advantage.
     no_spread = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # (B, 1)
     return ((rewards - mean) / (std + eps)).masked_fill(no_spread, 0.0)  # (B, G)
 
@@ -70,10 +76,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Per-token estimate of KL(pi_theta || pi_ref): k3 = exp(d) - d - 1 with d = ref_logp - logp.
 
-    Source: arXiv 2402.03300, eq. 4. Shapes (N, T), nats. Never negative; unbiased on tokens that pi_theta
-    sampled, whose exp(d) is 1 on average. Its gradient by logp is 1 - exp(d): at most 1 where the policy is
-    above the reference, but without limit where it is far below; there, from d = 10, it stays at 1 - e^10
-    (`bounded_exp`), still pulling the policy up.
+    Source: arXiv 2402.03300, eq. 4. Shapes (N, T), nats. k3 is never negative, and unbiased on tokens that pi_theta
+    sampled, because exp(d) is 1 on average there. Its gradient by logp is 1 - exp(d). That is at most 1 where the
+    policy is above the reference, and has no limit where the policy is far below it. So from d = 10 on it stays at
+    1 - e^10 (`bounded_exp`), which still pulls the policy up.
 
     >>> kl_k3(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -2.0]]))  # d = 0; d = -1: 1/e
     tensor([[0.0000, 0.3679]])
@@ -97,11 +103,11 @@ def grpo_loss(
     """The loss to minimise (see the module) and what to log about it.
 
     logp        (N, T)  log pi_theta of the answer tokens; the gradient goes through it alone
-    old_logp    (N, T)  that of the policy which sampled; None: this one (on-policy, rho = 1)
+    old_logp    (N, T)  that of pi_old, the policy before the first update on these answers; None: the ratio is 1
     ref_logp    (N, T)  that of the reference; None: no KL term
     advantages  (N,)    one per answer: group_advantages(rewards).flatten()
-    mask        (N, T)  0/1 or bool; 1 on answer tokens up to and including the first EOS. Whatever stands
-                        at 0, nan and inf included, touches neither loss nor gradient. An empty answer adds 0.
+    mask        (N, T)  0/1 or bool; 1 on answer tokens up to and including the first EOS. Values where it
+                        is 0 do not matter, not even nan and inf. An answer without tokens adds 0.
     normalize           "sequence": mean over answers of their mean over tokens; "token": mean over all tokens
     denominator         how many answers ("sequence") or answer tokens ("token") the whole batch has; default:
                         this call's. With it, the losses of micro-batches add up to that of the batch. Where
@@ -138,18 +144,19 @@ def grpo_loss(
     mask = mask.bool()
 
     def answers_only(x: Tensor) -> Tensor:
-        # Before exp, not after: a zero weight on inf or nan is nan, in the loss or on the way back.
+        # Padding is set to 0 before exp. Weighted by 0 afterwards, an inf or nan there would still give nan.
         return full_precision(x).masked_fill(~mask, 0.0)
 
     logp = answers_only(logp)
-    # Detached: old_logp given as logp itself would otherwise cancel the gradient, and silently.
+    # old_logp is detached: a caller may pass logp itself, and the gradient of the ratio would cancel without a word.
     old_logp = logp.detach() if old_logp is None else answers_only(old_logp.detach())
     advantage = advantages.detach().to(logp.dtype)[:, None]  # (N, 1)
 
     ratio = bounded_exp(logp - old_logp)  # (N, T)
     unclipped = ratio * advantage  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage  # (N, T)
-    # The minimum is the pessimist's: a bound stops what would improve the loss, never what would repair it.
+    # min() keeps the worse of the two. So clipping can only remove the incentive to move further away from pi_old,
+    # never the incentive to come back.
     policy = -torch.minimum(unclipped, clipped)  # (N, T)
 
     token = mask.to(logp.dtype)  # (N, T)  1 per answer token
