@@ -28,10 +28,10 @@ from support.quiet_end import abandon_broken_stdout  # first: Ctrl-C during the 
 
 # isort: split
 import argparse
+import errno
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +46,8 @@ import rarl
 import reward
 from support import ranking, saved_task
 from support.atomic_files import write_text
-from support.blind import best_constant
-from support.eval_settings import parse_arguments
+from support.blind import best_constants, constant_answer
+from support.eval_settings import output_folder, parse_arguments
 from support.images import unreadable
 from support.pictures import draw_predictions, draw_ranking
 from support.results import remarks, results_table
@@ -260,7 +260,6 @@ def judge(sample: data.Sample, text: str) -> dict:
     """One answer as a prediction (see `evaluate`). The text is parsed here, once."""
     known = lambda tau: None if math.isnan(tau) else tau
     score = reward.compute_reward(text, sample.labels, sample.task.delta)
-    answer = reward.parse_response(text, len(sample.items))
     prediction = {
         "items": [item.name for item in sample.items],
         "task": sample.task.name,
@@ -274,9 +273,9 @@ def judge(sample: data.Sample, text: str) -> dict:
         "tau": None,
         "tau_values": None,
     }
-    if answer is not None:
-        order = [image_id for image_id, _ in answer]
-        values = [float(value) for _, value in sorted(answer)]
+    if score.answer is not None:
+        order = [image_id for image_id, _ in score.answer]
+        values = [float(value) for _, value in sorted(score.answer)]
         prediction |= {
             "order": order,
             "values": values,
@@ -298,39 +297,36 @@ def write_predictions(predictions: Sequence[dict], path: str | Path) -> None:
 def blind_rows(
     samples: dict[int, list[data.Sample]], train_items: Sequence[data.Item]
 ) -> dict[str, dict[int, dict[str, float]]]:
-    """Further rows of `results_table`: two constants found on the training labels, and the order of the prompt.
+    """Further rows of `results_table`: the best constants of the training labels, and the order of the prompt.
 
-    samples: the test prompts for each number of images. A task without training images is answered with the constant of
-    all training labels. Where there is one task alone, its constant is in the row as "constant".
+    samples: the test prompts for each number of images. Where all are of one task, its constant is in the row as
+    "constant". A constant lists nothing and an order says no values: the metrics that judge these are nan.
     """
-    labels: dict[str, list[float]] = defaultdict(list)
-    for item in train_items:
-        labels[item.task.name].append(item.label)
     tasks = {sample.task for few in samples.values() for sample in few}
-    everything = [item.label for item in train_items]
-    constants = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks}
     rows: dict[str, dict[int, dict[str, float]]] = {}
-    for k, name in enumerate(("best constant by R_reg", "best constant by MAE")):
-        says = {task: pair[k] for task, pair in constants.items()}
-        rows[name] = {n: _blind_metrics(few, says) | {"tau": math.nan} for n, few in samples.items()}
-    orders = {n: _blind_metrics(few, dict.fromkeys(constants, 0.0)) for n, few in samples.items() if n > 1}
-    kept = ("n", "valid", "tau", "tau_n")  # the rest judges values, and an order has none
-    rows["prompt order"] = {n: {k: v if k in kept else math.nan for k, v in row.items()} for n, row in orders.items()}
+    for name, says in best_constants(tasks, train_items).items():
+        constant = next(iter(says.values())) if len(says) == 1 else math.nan
+        more = {"tau": math.nan, "constant": constant}
+        rows[name] = {n: _blind_metrics(few, says) | more for n, few in samples.items()}
+    rows["prompt order"] = {}
+    for n, few in samples.items():
+        if n > 1:
+            row = _blind_metrics(few, {task.name: 0.0 for task in tasks}) | {"constant": math.nan}
+            rows["prompt order"][n] = {
+                k: v if k in ("n", "valid", "tau", "tau_n") else math.nan for k, v in row.items()
+            }
     return rows
 
 
 def _blind_metrics(samples: Sequence[data.Sample], says: dict[str, float]) -> dict[str, float]:
-    """Metrics of a policy that says one number for each task, and lists the images as they stand in the prompt."""
-    predictions = []
-    for sample in samples:
-        value = data.format_value(says[sample.task.name], sample.task.decimals)
-        text = data.format_answer((i, value) for i in range(1, len(sample.items) + 1))
-        predictions.append(judge(sample, text))
-    only = next(iter(says.values())) if len(says) == 1 else math.nan
-    return summarize(predictions) | {"constant": only}
+    """Metrics of a policy that says one value for each task, and lists the images as they stand in the prompt."""
+    return summarize([judge(sample, constant_answer(sample, says[sample.task.name])) for sample in samples])
 
 
 # --- command line -------------------------------------------------------------------------------------------
+
+
+FULL = ": the disk is full, free some space or give another --out"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -342,16 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when the interpreter ends
     except (data.DataError, rarl.ModelError, OSError) as error:  # the user's; a bug keeps its traceback
         abandon_broken_stdout()
-        raise SystemExit(f"eval.py: {error}") from None
-
-
-def _output(args: argparse.Namespace, *name: str) -> Path:
-    """The output folder, made if need be."""
-    model = Path(args.model)
-    beside = model.parent if "runs" in model.parts else Path("runs")
-    out: Path = args.out or beside / "-".join(name)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+        raise SystemExit(f"eval.py: {error}{FULL if getattr(error, 'errno', 0) == errno.ENOSPC else ''}") from None
 
 
 def _load_policy(args: argparse.Namespace, max_pixels: int | None) -> rarl.Policy:
@@ -375,7 +362,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     samples = {n: data.make_samples(items, n, args.samples, args.seed) for n in sorted(set(args.images))}
     _check_images(samples)
-    out = _output(args, "eval", Path(args.model).name, args.data, args.split)
+    out = output_folder(args, "eval", Path(args.model).name, args.data, args.split)
     _say(saved_task.describe([item.task for item in items], saved, args.data))
     policy = _load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
 
@@ -405,7 +392,7 @@ def _rank(args: argparse.Namespace) -> None:
     saved = saved_task.load_task(args.model)
     task = saved_task.task_to_rank_by(saved, args.data, args.data_root, args.given)
     items, bad = ranking.load_images(ranking.find_images(args.rank), task, bool(args.skip_bad))
-    out = _output(args, "rank", Path(args.model).name, Path(args.rank[0]).resolve().stem)
+    out = output_folder(args, "rank", Path(args.model).name, Path(args.rank[0]).resolve().stem)
     if any(out.resolve() == Path(path).resolve() for path in args.rank):
         raise data.DataError(f"--out {out} is ranked itself: its sheet would be among the images the next time")
     _say(saved_task.describe([task], saved, args.data))

@@ -1,9 +1,12 @@
 """What a policy would say that looks at no image: the constants that the labels alone would teach it."""
 
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from data import Item, Sample, Task, format_answer, format_value
 
 GRID = 4096  # candidates at most; beyond it, only numbers that are labels
 
@@ -31,3 +34,26 @@ def _candidates(numbers: np.ndarray, decimals: int) -> np.ndarray:
         first = round(low, decimals)
         return np.round(first + np.arange(round((high - first) * 10**decimals) + 1) / 10**decimals, decimals)
     return np.unique(np.round(numbers, decimals))
+
+
+def best_constants(tasks: Iterable[Task], train_items: Sequence[Item]) -> dict[str, dict[str, float]]:
+    """{"best constant by R_reg": {task name: value}, "best constant by MAE": {...}}; {} without training labels.
+
+    A task without training images of its own gets the constant of all training labels.
+    """
+    if not train_items:
+        return {}
+    labels: dict[str, list[float]] = defaultdict(list)
+    for item in train_items:
+        labels[item.task.name].append(item.label)
+    everything = [item.label for item in train_items]
+    found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks}
+    by_reward = {name: constants[0] for name, constants in found.items()}
+    by_error = {name: constants[1] for name, constants in found.items()}
+    return {"best constant by R_reg": by_reward, "best constant by MAE": by_error}
+
+
+def constant_answer(sample: Sample, value: float) -> str:
+    """The answer that says one value of every image, and lists the images in the order of the prompt."""
+    text = format_value(value, sample.task.decimals)
+    return format_answer((i, text) for i in range(1, len(sample.items) + 1))

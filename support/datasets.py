@@ -127,22 +127,25 @@ def read_dataset(
 
 def load_splits(
     name: str, root: str | Path | None, splits: tuple[str, ...], task_overrides: dict | None = None,
-    skip_bad: bool = False,
+    skip_bad: bool = False, labels_of: tuple[str, ...] = (),
 ) -> list[list[Item]]:  # fmt: skip
-    """The items of several splits, with the data set's files read once; see `data.load_dataset`."""
+    """The items of several splits, with the data set's files read once; see `data.load_dataset`.
+
+    labels_of  further splits, whose labels alone are wanted: their images are not opened, and they may be empty
+    """
     for split in splits:
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: choose train, val or test")
     items, left_out = read_dataset(name, root, task_overrides, skip_bad)
     if skip_bad:
-        items, refused = _openable({split: items[split] for split in splits})
-        left_out += refused
+        openable, refused = _openable({split: items[split] for split in splits})
+        items, left_out = items | openable, left_out + refused
     if left_out:
         print(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)", file=sys.stderr)
     for split in splits:
         if not items[split]:
             raise DataError(f"the {split} split of {name} under {root} is empty ({len(left_out)} left out): add images")
-    return [items[split] for split in splits]
+    return [items[split] for split in (*splits, *labels_of)]
 
 
 def _openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:

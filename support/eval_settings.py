@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
+from data import DataError
 from support.saved_task import FIELDS
 
 
@@ -23,11 +25,17 @@ def _device(text: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown; a build of torch without CUDA
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # unknown; not in this torch
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}") from error
-    if device.type == "meta":
-        raise argparse.ArgumentTypeError(f"{text!r} computes nothing")
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        raise argparse.ArgumentTypeError(f"this machine has no device {text!r}")
     return device
+
+
+def _text(text: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line that are no UTF-8
+        raise argparse.ArgumentTypeError("it is no UTF-8 text")
+    return text
 
 
 # Defaults of what goes with one of the two alone. The parser leaves out what was not given, so that a setting of the
@@ -72,8 +80,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "what is asked (default: as in the policy's training, else the data set's own)"
     ).add_argument
-    add("--question", help='such as "How old is the person in the photo?"')
-    add("--order", help='lowest first, in words: "from the youngest to the oldest"')
+    add("--question", type=_text, help='such as "How old is the person in the photo?"')
+    add("--order", type=_text, help='lowest first, in words: "from the youngest to the oldest"')
     add("--delta", type=float, help="tolerance of R_reg in units of the label")
     add("--decimals", type=int, help="of a value in the reference answer")
     add("--max-pixels", type=_at_least(56 * 56), help="larger images are shrunk to this area (default: the policy's)")
@@ -103,3 +111,16 @@ def _refuse_what_does_not_go_together(parser: argparse.ArgumentParser, args: arg
         parser.error("--data is required, or --rank")
     if args.data_root and not args.data:
         parser.error("--data-root goes with --data")
+
+
+def output_folder(args: argparse.Namespace, *name: str) -> Path:
+    """The folder that results are written to, made if need be. Raises DataError if nothing can be written there."""
+    model = Path(args.model)
+    beside = model.parent if "runs" in model.parts else Path("runs")
+    out: Path = args.out or beside / "-".join(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):  # found out now, not after an hour of evaluation
+            return out
+    except OSError as error:
+        raise DataError(f"nothing can be written to --out {out}: {error.strerror}") from None

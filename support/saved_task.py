@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data import DataError, Item, Task, load_splits
+from data import DataError, Item, Task
 from support.atomic_files import write_text
+from support.datasets import load_splits
+from support.readers import READERS, make_task
 
 FILE = "task.json"
 FIELDS = ("question", "order", "delta", "decimals")  # of a task, and what a user may change
@@ -125,16 +127,17 @@ def apply(saved: SavedTask | None, name: str, items: list[Item], given: dict) ->
 def load_to_evaluate(
     saved: SavedTask | None, name: str, root: str | None, split: str, given: dict, skip_bad: bool | None
 ) -> tuple[list[Item], list[Item]]:
-    """The items of a split, asked as in training, and those of train (for the constants that a blind policy would say).
+    """The items of a split, asked as in training, and those of train, of which there may be none.
+
+    The latter are for their labels: what a blind policy would say is found on them. Their images are not opened.
 
     skip_bad  None: as in training, where it was this data set
     """
     if skip_bad is None:
         skip_bad = saved is not None and saved.data == name and saved.skip_bad
-    splits = tuple(dict.fromkeys((split, "train")))
-    loaded = load_splits(name, root, splits, overrides_for(saved, name, given), skip_bad)
-    items, *train = [apply(saved, name, some, given) for some in loaded]
-    return items, train[0] if train else items
+    loaded = load_splits(name, root, (split,), overrides_for(saved, name, given), skip_bad, labels_of=("train",))
+    items, train_items = (apply(saved, name, some, given) for some in loaded)
+    return items, train_items
 
 
 def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None, given: dict) -> Task:
@@ -142,8 +145,6 @@ def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None,
 
     Raises DataError where there is none or more than one.
     """
-    from support.readers import make_task
-
     if name is not None:
         tasks = _tasks_of(saved, name, root)
         whose = f"--data {name} asks"
@@ -164,8 +165,6 @@ def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None,
 
 def _tasks_of(saved: SavedTask | None, name: str, root: str | None) -> list[Task]:
     """All questions that a data set asks; where training was on it, those of training."""
-    from support.readers import READERS
-
     if saved and saved.data == name:
         return list(saved.tasks.values())
     if name in READERS and root is None:

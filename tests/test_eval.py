@@ -218,6 +218,8 @@ def test_each_task_has_its_own_constant():
     ewes = data.Task("count ewe", "How many?", "by number", delta=4)
     rows = evaluation.blind_rows({1: [sample(4, task=ewes)]}, train)
     assert rows["best constant by MAE"][1]["mae"] <= 1
+    # Without training labels there is no constant to find.
+    assert list(evaluation.blind_rows({2: [sample(1, 2)]}, [])) == ["prompt order"]
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import data
 from support import drawings
@@ -66,7 +67,7 @@ def test_bad_rows_are_skipped_as_in_training(save, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(8):
-        data.Image.new("RGB", (30, 30)).save(folder / f"{i}.png")
+        Image.new("RGB", (30, 30)).save(folder / f"{i}.png")
     (folder / "7.png").write_text("no image")
     lines = [f"{i}.png,{i},{'train' if i < 4 else 'test'}" for i in range(8)] + ["8.png,8,test"]
     (folder / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
@@ -77,6 +78,15 @@ def test_bad_rows_are_skipped_as_in_training(save, tmp_path, capsys):
     assert [item.label for item in test] == [4, 5, 6] and len(train) == 4 and test[0].task.question == "How ripe?"
     with pytest.raises(data.DataError, match="does not exist"):
         load_to_evaluate(saved, "csv", str(folder), "test", {}, False)
+
+
+def test_a_data_set_without_training_images_can_be_evaluated(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
+    lines = [f"{i}.png,{i},test" for i in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
+    test, train = load_to_evaluate(None, "csv", str(tmp_path), "test", {}, None)
+    assert len(test) == 4 and train == []
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,7 @@ def test_the_question_of_a_data_set_that_depends_on_its_labels(tmp_path):
     with pytest.raises(data.DataError, match="--data csv depends on the images"):
         task_to_rank_by(None, "csv", None, {})
     for i in range(1, 6):
-        data.Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
     lines = [f"{i}.png,{i},train" for i in range(1, 6)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
     assert task_to_rank_by(None, "csv", str(tmp_path), {}).question == "Rate the image from 1 to 5."
