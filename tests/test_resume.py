@@ -142,6 +142,19 @@ def test_death_between_any_two_renames_loses_nothing(never_stopped, tmp_path, mo
     assert_same(out, tmp_path / "runs" / "rarl")
 
 
+def test_death_in_the_last_clean_up_is_no_death(never_stopped, tmp_path, monkeypatch, capsys):
+    """results.txt is written before anything is cleaned up: a run that died after it is not trained again."""
+    out, calls = never_stopped
+    monkeypatch.chdir(tmp_path)
+    with dying_at(monkeypatch, calls) as made, pytest.raises(Killed):
+        train_here(*TINY)
+    assert made[-1][0] == "rmtree" and "checkpoints" in made[-1][1][0]
+    monkeypatch.setattr(train, "train_stage", None)  # whoever trains, fails
+    train_here("--resume", *TINY)
+    assert "is complete" in capsys.readouterr().out
+    assert_same(out, tmp_path / "runs" / "rarl")
+
+
 def test_a_finished_run_stays_finished(finished, tmp_path, monkeypatch, capsys):
     out, _ = finished
     shutil.copytree(out, tmp_path / "runs" / "rarl")
