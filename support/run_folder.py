@@ -193,6 +193,8 @@ class RunFolder:
             self._take_back((2, 0))
             known = self.read_results()
         else:
+            if self.path.is_dir() and all(file.suffix == ".writing" for file in self.path.iterdir()):
+                shutil.rmtree(self.path)  # a start that died before it had saved anything
             if self.path.exists():
                 aside = free_name(self.path)
                 self.path.rename(aside)

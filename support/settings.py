@@ -163,7 +163,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         run = Path("runs") / values["name"]
         if (run / "settings.json").is_file():
             values = resumed_settings(run, typed)
-        elif run.is_dir() and any(run.iterdir()):
+        elif run.is_dir() and any(file.suffix != ".writing" for file in run.iterdir()):
             raise SettingError(
                 f"--resume: {run} has no settings.json, which says how it was started: put it back, or start without "
                 "--resume (the folder is then moved aside)"
@@ -225,7 +225,7 @@ def resumed_settings(run: Path, typed: dict[str, Any]) -> dict[str, Any]:
 
 def check_name(name: str) -> None:
     if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > 200:
-        raise SettingError(f"--name {name[:80]} must be a plain folder name")
+        raise SettingError(f"--name {name[:80]!r} must be a plain folder name")
 
 
 def check_settings(s: Settings) -> None:

@@ -18,7 +18,7 @@ from support.settings import SettingError, Settings, parse_settings
         (["--images", "0"], "--images (0,)"),
         (["--w-reg", "0", "--w-format", "0"], "both 0"),
         (["--stage", "1", "--steps1", "0"], "--steps1 0 must not be negative, and not 0 with --stage 1"),
-        (["--name", "../x"], "--name ../x must be a plain folder name"),
+        (["--name", "../x"], "--name '../x' must be a plain folder name"),
         (["--name", "a\x00b"], "must be a plain folder name"),
     ],
 )
