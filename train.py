@@ -54,6 +54,7 @@ from support.checkpoints import Checkpoints
 from support.distributed import Learner, micro_batches_on_all_ranks, start_world
 from support.interrupts import Interrupted, Stop, leave, lost_process
 from support.loader import load_steps
+from support.model_card import what_was_learned, write_model_card
 from support.monitor import Monitor, UpdateMetrics, dead_base
 from support.pictures import draw_predictions
 from support.preflight import load_items, preflight, task_overrides
@@ -439,17 +440,23 @@ def run(s: Settings, stop: Stop) -> Results:
         for stage in stages:
             resume_from = start.checkpoint if stage.number == start.stage else None
             train_stage(stage, learner, folder, checkpoints, resume_from, stop)
-            folder.save_policy(learner, stage.number, lambda beside: describe_policy(beside, s, train_items))
+            folder.save_policy(
+                learner,
+                stage.number,
+                lambda beside: save_task(beside, s.data, train_items, task_overrides(s), s.max_pixels, s.skip_bad),
+            )
             report(f"stage {stage.number}")
+            if world.main:
+                saved = folder.path / f"stage{stage.number}"
+                write_model_card(saved, f"stage {stage.number}", s, questions_of(train_items), results | blind)
         if world.main:
             folder.finish(results_table(results | blind), checkpoints)
-            print(f"wrote {folder.path}/")
+            print(f"{what_was_learned(results | blind)}\nwrote {folder.path}/")
     return results | blind
 
 
-def describe_policy(folder: Path, s: Settings, items: list[data.Item]) -> None:
-    """Beside the weights: the question that they were trained on, so that it can be asked again."""
-    save_task(folder, s.data, items, task_overrides(s), s.max_pixels, s.skip_bad)
+def questions_of(items: list[data.Item]) -> list[str]:
+    return sorted({item.task.question for item in items})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,34 @@
+"""support/model_card.py: what a run says of itself at its end."""
+
+import json
+import math
+
+from support.model_card import what_was_learned, write_model_card
+from support.settings import Settings
+
+RESULTS = {
+    "base": {1: {"n": 9, "valid": 1.0, "mae": 3.0}, 2: {"n": 9, "valid": 1.0, "mae": 3.5, "tau": 0.1}},
+    "stage 1": {1: {"n": 9, "valid": 1.0, "mae": 1.0}, 2: {"n": 9, "valid": 1.0, "mae": 2.0, "tau": math.nan}},
+    "stage 2": {1: {"n": 9, "valid": 1.0, "mae": 0.5}, 2: {"n": 9, "valid": 1.0, "mae": 0.75, "tau": 0.9}},
+    "best constant by MAE": {1: {"mae": 5.0, "constant": 10.0}, 2: {"mae": 5.25, "constant": 10.0}},
+    "prompt order": {2: {"tau": -0.02}},
+}
+
+
+def test_two_sentences_by_hand():
+    assert what_was_learned(RESULTS) == (
+        "From base to stage 2, the mean error of the values went from 3.00 / 3.50 to 0.50 / 0.75 at 1 / 2 images in a "
+        "prompt; one constant value for all errs by 5.00 / 5.25. Tau of the order went from 0.10 to 0.90 at 2 images; the "
+        "order of the prompt has -0.02."
+    )
+    only_one = {name: {1: row[1]} for name, row in RESULTS.items() if 1 in row}
+    assert "Tau" not in what_was_learned(only_one)
+
+
+def test_card_says_task_results_and_settings(tmp_path):
+    write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), ["How many?"], RESULTS)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\n") and "base_model: tiny" in text and "> How many?" in text
+    assert "    --seed 5\n    --images 2" in text or "    --images 2\n" in text and "    --seed 5" in text
+    assert "stage 1" in text and "stage 2" not in text and "best constant by MAE" in text
+    assert json.dumps({"image_id": 2, "value": 17}) in text
