@@ -1,23 +1,24 @@
 """Ablations of RARL (arXiv 2601.20585) on the embedded default, each a table and a picture. The paper's own:
 
-    python -m experiments.ablate reward          # joint reward against regression only and ranking only
-    python -m experiments.ablate rmo             # RMO on and off where most groups are alike and poor
+    python -m experiments.ablate reward      # joint reward against regression only and ranking only
+    python -m experiments.ablate rmo         # RMO on and off where most groups are alike and poor
 
 and questions that the summaries of the paper leave open:
 
-    python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
-    python -m experiments.ablate rmo_source      # good answers from the ground truth or from the policy's own past
-    python -m experiments.ablate delta           # tolerance of R_reg
-    python -m experiments.ablate weights         # weights of the rewards
-    python -m experiments.ablate stages          # two stages against one of the same length
+    python -m experiments.ablate rmo_k       # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
+    python -m experiments.ablate rmo_source  # good answers from the ground truth or from the policy's own past
+    python -m experiments.ablate delta       # tolerance of R_reg
+    python -m experiments.ablate weights     # weights of the rewards
+    python -m experiments.ablate stages      # two stages against one of the same length
     python -m experiments.ablate all --seeds 0 1 2
 
 Every variant is a full `train.py` run with a few settings changed, for every seed, in runs/ablate-EXPERIMENT-VARIANT-SEED. A
-run that is finished is not run again, so an interrupted ablation goes on with the run that it was at. The table shows the mean over
-seeds and the range (lowest to highest); three seeds are few, so read a difference smaller than the ranges as none.
-Whatever comes out is reported: the paper's own findings are on UTKFace with Qwen2.5-VL, these are drawings and a model
-two-thousandth of its size.
+run that is finished is not run again, and one that was interrupted is resumed. The table shows the mean over seeds and the range
+(lowest to highest). Three seeds are few, so read a difference smaller than the ranges as none. Whatever comes out is reported:
+the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings with a model two-thousandth of its size.
 """
+
+import support.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import dataclasses
@@ -25,12 +26,15 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import train
+from experiments.commands import CommandError, check_writable, run_command
+from support.settings import parse_settings
+from support.tables import format_number, format_table, mean
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # experiment -> variant -> what it changes in train.py's defaults
 TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: most groups have no right answer
@@ -49,61 +53,126 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def run_one(name: str, arguments: list[str]) -> Path:
-    out = Path("runs") / name
-    settings = json.loads(json.dumps(dataclasses.asdict(train.parse_settings(["--name", name, *arguments]))))
-    done = (out / "results.txt").exists() and json.loads((out / "settings.json").read_text()) == settings
-    if not done:
-        log = out.with_suffix(".log")
+Rows = dict[str, list[dict[str, float]]]  # variant -> for each seed: metric -> value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run. `settings` are what its settings.json will hold."""
+
+    name: str
+    arguments: list[str]
+    settings: dict
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / self.name
+
+    def is_ours(self) -> bool:
+        """Whether the folder holds a run of these settings."""
+        file = self.folder / "settings.json"
+        try:
+            return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == self.settings
+        except ValueError:
+            return False
+
+
+def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
+    """Raises SettingError if train.py would refuse the settings."""
+    name = f"ablate-{experiment}-{slug(variant)}-{seed}"
+    arguments = ["--name", name, *EXPERIMENTS[experiment][variant], "--seed", str(seed), *more]
+    settings = parse_settings(arguments)
+    return Run(name, arguments, json.loads(json.dumps(dataclasses.asdict(settings))))
+
+
+def slug(variant: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in variant.lower())
+
+
+class Trainer:
+    """Trains runs, each in a process of its own as on the command line. What it prints goes to runs/NAME.log."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.children: list[subprocess.Popen] = []
+        self.stopped = False
+
+    def train_all(self, runs: list[Run], jobs: int) -> None:
+        """`jobs` at a time. If one fails, or at Ctrl-C, the others save and stop too, and no further one begins."""
+        with ThreadPoolExecutor(jobs) as pool:  # threads that wait for processes
+            try:
+                list(pool.map(self.train_unless_done, runs))
+            finally:
+                self.stop()
+
+    def train_unless_done(self, run: Run) -> None:
+        if run.is_ours() and (run.folder / "results.txt").exists():
+            return
+        log = run.folder.with_name(run.name + ".log")
         log.parent.mkdir(exist_ok=True)
-        with open(log, "w") as file:
-            command = [sys.executable, str(HERE / "train.py"), "--name", name, *arguments]
-            process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+        resume = ["--resume"] if run.is_ours() else []
+        command = [sys.executable, str(ROOT / "train.py"), *run.arguments, *resume]
+        with open(log, "w", encoding="utf-8") as file:
+            with self.lock:
+                if self.stopped:
+                    return
+                process = subprocess.Popen(command, stdout=file, stderr=file)
+                self.children.append(process)
+            process.wait()
         if process.returncode:
-            raise SystemExit(f"ablate.py: {name} failed, see {log}")
-    return out
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no message"]
+            raise CommandError(f"{run.name} failed ({lines[-1][:200]}): see {log}, and start again to go on")
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.children:
+                process.terminate()  # of a process that has ended, nothing
 
 
-def measure(out: Path) -> dict[str, float]:
+def read_run(folder: Path) -> dict[str, float]:
     """What a table row shows of one run: held-out metrics of the final policy, and means over the steps of training."""
-    results = json.loads((out / "results.json").read_text())
-    final = list(results.values())[-1]
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "results.json"
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        final = results[[name for name in results if name.startswith("stage")][-1]]
+        nan = lambda x: math.nan if x is None else float(x)
+        row = {"valid": min(nan(r["valid"]) for r in final.values()), "MAE@1": nan(final["1"]["mae"])}
+        row |= {f"tau@{n}": nan(r["tau"]) for n, r in final.items() if n != "1"}
+        file = folder / "metrics.jsonl"
+        steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        means = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread", "mutated": "mutated"}  # fmt: skip
+        return row | {title: mean(step.get(key) for step in steps) for title, key in means.items()}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{file} is damaged ({reason}): delete {folder}, and it is trained again") from None
 
-    def mean(key: str) -> float:
-        values = [m[key] for m in metrics if m.get(key) is not None]
-        return sum(values) / len(values) if values else math.nan
 
-    nan = lambda x: math.nan if x is None else x
-    row = {"valid": min(r["valid"] for r in final.values()), "MAE@1": nan(final["1"]["mae"])}
-    row |= {f"tau@{n}": nan(r["tau"]) for n, r in final.items() if n != "1"}
-    row |= {"entropy": mean("entropy"), "grad norm": mean("grad_norm"), "Var(A)": mean("advantage_var")}
-    return row | {"zero spread": mean("zero_spread"), "mutated": mean("mutated")}
-
-
-def defined(values: list[float]) -> list[float]:
-    return [x for x in values if not math.isnan(x)]
+# --------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
 
 
 def cell(values: list[float]) -> str:
     """Mean and range over seeds; "of 2" if a metric is undefined in the others, as tau is without a valid answer."""
-    known = defined(values)
+    known = [x for x in values if not math.isnan(x)]
     if not known:
         return "-"
-    text = f"{sum(known) / len(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+    low, middle, high = (format_number(x) for x in (min(known), mean(known), max(known)))
+    text = f"{middle} ({low} to {high})"
     return text if len(known) == len(values) else f"{text} of {len(known)}"
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
+def table_rows(rows: Rows) -> list[list[str]]:
     names = list(next(iter(rows.values()))[0])
-    lines = [["", *names]]
-    for variant, seeds in rows.items():
-        lines.append([variant, *(cell([row[name] for row in seeds]) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    cells = [[variant, *(cell([row[name] for row in seeds]) for name in names)] for variant, seeds in rows.items()]
+    return [["", *names], *cells]
 
 
-def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+def picture(experiment: str, rows: Rows, path: Path) -> None:
     """MAE and tau of each variant: a bar for the mean over seeds, a dot for each seed."""
     import matplotlib
 
@@ -114,8 +183,8 @@ def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path
     figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.4), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], shown, strict=True):
         for x, (variant, seeds) in enumerate(rows.items()):
-            values = defined([row[name] for row in seeds]) or [math.nan]
-            axis.bar(x, sum(values) / len(values), width=0.6, color=f"C{x}", alpha=0.55, label=variant)
+            values = [row[name] for row in seeds]
+            axis.bar(x, mean(values), width=0.6, color=f"C{x}", alpha=0.55, label=variant)
             axis.plot([x] * len(values), values, "o", color="black", markersize=4)
         axis.set_title(name + (" (lower is better)" if name.startswith("MAE") else ""), fontsize=10)
         axis.set_xticks(range(len(rows)), list(rows), rotation=20, fontsize=8)
@@ -125,36 +194,57 @@ def picture(experiment: str, rows: dict[str, list[dict[str, float]]], path: Path
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """-> our settings, and those behind --, which go to train.py"""
     cut = argv.index("--") if "--" in argv else len(argv)
-    argv, more = argv[:cut], argv[cut + 1 :]
     parser = argparse.ArgumentParser(
+        prog="experiments.ablate",
         description="Run an ablation on the embedded default.",
         epilog="What stands after -- is given to train.py in every run.",
+        allow_abbrev=False,
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (set OMP_NUM_THREADS so that they fit)")
-    args = parser.parse_args(argv)
-    for experiment in EXPERIMENTS if args.experiment == "all" else [args.experiment]:
-        jobs = {}
-        for variant, changes in EXPERIMENTS[experiment].items():
-            for seed in args.seeds:
-                name = f"ablate-{experiment}-{slug(variant)}-{seed}"
-                jobs[variant, seed] = (name, [*changes, "--seed", str(seed), *more])
-        with ThreadPoolExecutor(args.jobs) as pool:  # threads that wait for processes
-            outs = dict(zip(jobs, pool.map(lambda job: run_one(*job), jobs.values()), strict=True))
-        rows = {v: [measure(outs[v, seed]) for seed in args.seeds] for v in EXPERIMENTS[experiment]}
-        text = table(rows)
-        print(f"\n{experiment}, {len(args.seeds)} seeds: mean (lowest to highest)\n\n{text}")
-        Path(f"runs/ablate-{experiment}.txt").write_text(text + "\n")
+    args = parser.parse_args(argv[:cut])
+    if args.jobs < 1:
+        raise CommandError(f"--jobs {args.jobs} must be at least 1")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise CommandError("--seeds must all differ")
+    more = argv[cut + 1 :]
+    ours = {"--name", "--seed", "--resume"} & {argument.split("=")[0] for argument in more}
+    if ours:
+        raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
+    return args, more
+
+
+def ablate(argv: list[str]) -> None:
+    """Raises CommandError, SettingError, OSError."""
+    args, more = parse(argv)
+    experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    runs = {  # all are planned, and so checked, before the first one starts
+        (experiment, variant): [plan_run(experiment, variant, seed, more) for seed in args.seeds]
+        for experiment in experiments
+        for variant in EXPERIMENTS[experiment]
+    }
+    check_writable(Path(f"runs/ablate-{experiments[0]}.txt"), "runs/")
+    for experiment in experiments:
+        Trainer().train_all([run for (e, _), of in runs.items() if e == experiment for run in of], args.jobs)
+        rows = {v: [read_run(run.folder) for run in of] for (e, v), of in runs.items() if e == experiment}
+        text = format_table([[row[0], *(f" {c}" for c in row[1:])] for row in table_rows(rows)])
+        seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+        print(f"\n{experiment}, {seeds}: mean (lowest to highest)\n\n{text}", flush=True)
+        Path(f"runs/ablate-{experiment}.txt").write_text(text + "\n", encoding="utf-8")
         picture(experiment, rows, Path(f"runs/ablate-{experiment}.png"))
         print(f"\nwrote runs/ablate-{experiment}.txt and runs/ablate-{experiment}.png", file=sys.stderr)
 
 
-def slug(variant: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in variant.lower())
+def main(argv: list[str] | None = None) -> None:
+    run_command("experiments.ablate", lambda: ablate(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

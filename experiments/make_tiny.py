@@ -22,6 +22,8 @@ The architecture is transformers' own Qwen2_5_VLForConditionalGeneration, with Q
 pre-tokenizer (digits one by one) and style of chat template; only the sizes are ours.
 """
 
+import support.quiet_end  # isort: skip  # noqa: F401
+
 import argparse
 import math
 import random
@@ -37,6 +39,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import rarl
+from experiments.commands import CommandError, check_writable, run_command
 from support.drawings import drawn_item
 
 SPECIAL = [
@@ -216,21 +219,33 @@ def build_policy(seed: int = 0) -> rarl.Policy:
     return rarl.Policy(build_model(tokenizer).eval(), tokenizer, processor)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded policy tiny/ anew.")
+def make(argv: list[str] | None) -> None:
+    """Raises CommandError, OSError."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.make_tiny", description="Make the embedded policy tiny/ anew.", allow_abbrev=False
+    )
     parser.add_argument("--out", default="tiny", help="folder to write (default: tiny)")
     parser.add_argument("--eyes-steps", type=int, default=4000, help="steps that teach the vision tower")
     parser.add_argument("--mouth-steps", type=int, nargs=2, default=(2400, 1200), help="steps of the two lessons")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if min(args.eyes_steps, *args.mouth_steps) < 1:
+        raise CommandError("--eyes-steps and --mouth-steps must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
+    check_writable(Path(args.out) / "config.json", "--out")
     policy = build_policy(args.seed)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     teach_eyes(policy, args.eyes_steps)
     teach_mouth(policy, args.mouth_steps[0], shuffled=True, lr=2e-3)
     teach_mouth(policy, args.mouth_steps[1], shuffled=False, lr=1e-3)
-    rarl.save_policy(rarl.Policy(policy.model.bfloat16(), policy.tokenizer, policy.image_processor), args.out)
+    rarl.save_policy(rarl.cast_copy(policy, torch.bfloat16), args.out)
     size = sum(f.stat().st_size for f in Path(args.out).iterdir())
     print(f"wrote {args.out}/ ({size / 1e6:.1f} MB)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command("experiments.make_tiny", lambda: make(argv))
 
 
 if __name__ == "__main__":

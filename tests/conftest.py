@@ -23,28 +23,11 @@ def policy():
     return policy
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """As in the tests' other processes (OMP_NUM_THREADS=1): other numbers of threads round differently."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A short run of both stages on the embedded policy, never interrupted. -> its folder, what it printed"""
-    import contextlib
-    import io
-    import os
+def policy_folder(policy, tmp_path_factory):
+    """That policy, saved. Not to be written to."""
+    import rarl
 
-    from runs import train_here
-
-    folder, here, printed = tmp_path_factory.mktemp("finished"), os.getcwd(), io.StringIO()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(printed):
-            train_here()
-    finally:
-        os.chdir(here)
-    return folder / "runs" / "rarl", printed.getvalue()
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    rarl.save_policy(policy, folder)
+    return folder

@@ -1,9 +1,17 @@
-"""ablate.py's table by hand. That it runs is tested with the README's commands."""
+"""experiments/ablate.py's table by hand, and what it does with runs that are done, begun, damaged or mistyped.
 
+That it trains is tested with the commands of experiments/README.md.
+"""
+
+import json
 import math
-import re
+import sys
+
+import pytest
 
 from experiments import ablate
+from experiments.commands import CommandError
+from support.settings import SettingError
 
 
 def test_table_says_how_many_seeds_have_a_value():
@@ -12,8 +20,103 @@ def test_table_says_how_many_seeds_have_a_value():
         "off": [{"MAE@1": 3.0, "tau@4": math.nan}, {"MAE@1": 3.5, "tau@4": 0.125}],
         "never": [{"MAE@1": 4.0, "tau@4": math.nan}, {"MAE@1": 4.0, "tau@4": math.nan}],
     }
-    head, *lines = ablate.table(rows).splitlines()
-    assert head.split() == ["MAE@1", "tau@4"]
-    assert re.split(r" {2,}", lines[0]) == ["on", "1.500 (1.000 to 2.000)", "0.375 (0.250 to 0.500)"]
-    assert lines[1].endswith("0.125 (0.125 to 0.125) of 1") and lines[1].startswith("off")
-    assert lines[2].split() == ["never", "4.000", "(4.000", "to", "4.000)", "-"]
+    head, *lines = ablate.table_rows(rows)
+    assert head == ["", "MAE@1", "tau@4"]
+    assert lines[0] == ["on", "1.500 (1.000 to 2.000)", "0.375 (0.250 to 0.500)"]
+    assert lines[1] == ["off", "3.250 (3.000 to 3.500)", "0.125 (0.125 to 0.125) of 1"]
+    assert lines[2] == ["never", "4.000 (4.000 to 4.000)", "-"]
+
+
+def finished_run(folder):
+    folder.mkdir(parents=True)
+    row = {"valid": 0.5, "mae": 2.0, "tau": None}
+    blind = {"1": {"valid": 1.0, "mae": 5.0, "constant": 10.0}}
+    results = {
+        "base": {"1": row},
+        "stage 2": {"1": row, "2": row | {"valid": 0.25, "tau": 0.5}},
+        "best constant": blind,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"entropy": 1.0, "mutated": 0.5}\n{"entropy": null, "mutated": 0.0}\n')
+
+
+def test_a_row_is_read_from_the_last_stage_and_the_steps(tmp_path):
+    finished_run(tmp_path / "run")
+    row = ablate.read_run(tmp_path / "run")
+    known = {name: value for name, value in row.items() if not math.isnan(value)}
+    assert known == {"valid": 0.25, "MAE@1": 2.0, "tau@2": 0.5, "entropy": 1.0, "mutated": 0.25}
+    assert set(row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"x"', "1\n"])
+def test_a_damaged_run_is_named(tmp_path, name, content):
+    finished_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    if (name, content) in {("metrics.jsonl", ""), ("metrics.jsonl", "{}")}:
+        assert math.isnan(ablate.read_run(tmp_path / "run")["entropy"])  # no step is known, and none is damaged
+    else:
+        with pytest.raises(CommandError, match=f"{name} is damaged .* delete"):
+            ablate.read_run(tmp_path / "run")
+
+
+def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1:])")  # in the place of the real one
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    run = ablate.plan_run("rmo", "RMO off", 3, ["--steps1", "7"])
+    assert run.name == "ablate-rmo-rmo-off-3" and run.settings["rmo_k"] == 0 and run.settings["steps1"] == 7
+    log = tmp_path / "runs" / f"{run.name}.log"
+
+    ablate.Trainer().train_all([run], jobs=1)
+    assert "'--seed', '3', '--steps1', '7']" in log.read_text()
+    run.folder.mkdir()
+    (run.folder / "settings.json").write_text(json.dumps(run.settings | {"steps1": 8}))
+    ablate.Trainer().train_all([run], jobs=1)
+    assert "--resume" not in log.read_text()  # a run of other settings, which train.py moves aside
+    (run.folder / "settings.json").write_text(json.dumps(run.settings))
+    ablate.Trainer().train_all([run], jobs=1)
+    assert "--resume" in log.read_text()
+    (run.folder / "results.txt").write_text("a table")
+    log.unlink()
+    ablate.Trainer().train_all([run], jobs=1)
+    assert not log.exists()
+
+
+def test_a_run_that_fails_stops_the_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wait = "import sys, time\nif '0' in sys.argv: sys.exit('train.py: no such luck')\ntime.sleep(600)"
+    (tmp_path / "train.py").write_text(wait)
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    runs = [ablate.plan_run("rmo", "RMO on", seed, []) for seed in (0, 1, 2, 3)]
+    with pytest.raises(CommandError, match="rmo-on-0 failed .*no such luck.* see runs/ablate-rmo-rmo-on-0.log"):
+        ablate.Trainer().train_all(runs, jobs=2)
+    assert not (tmp_path / "runs/ablate-rmo-rmo-on-3.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rmo", "--jobs", "0"], "--jobs"),
+        (["rmo", "--seeds", "1", "1"], "--seeds"),
+        (["rmo", "--", "--steps1", "-1"], "--steps1"),
+        (["rmo", "--", "--name", "mine"], "--name"),
+        (["rmo", "--", "--seed", "9"], "--seed"),
+        (["rmo", "--", "--resume"], "--resume"),
+        (["rmo", "--", "--preset", "utkface"], "--model"),
+        (["rmo", "--", "--delta", "nan"], "--delta"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_runs(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((CommandError, SettingError), match=message):
+        ablate.ablate(argv)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["rmo", "--seeds"], ["rmo", "--", "--nonsense"], ["rmo", "--job", "2"]])  # fmt: skip
+def test_unknown_settings_are_refused(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablate.py"])
+    with pytest.raises(SystemExit) as error:
+        ablate.main(argv)
+    assert error.value.code == 2 and "Traceback" not in capsys.readouterr().err

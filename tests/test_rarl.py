@@ -324,13 +324,6 @@ def test_bad_calls_and_folders(policy, prompts, rollout, tmp_path):
             rarl.load_policy(tmp_path, device)
 
 
-@pytest.fixture(scope="module")
-def sound(policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sound") / "m"
-    rarl.save_policy(policy, folder)
-    return folder
-
-
 def edited(**changes):
     """Rewrites a JSON file. None takes a key away; a dict goes into what the file has under the key."""
 
@@ -397,9 +390,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGES, ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)])
-def test_a_damaged_folder_is_refused_in_one_sentence(sound, tmp_path, name, damage, message):
+def test_a_damaged_folder_is_refused_in_one_sentence(policy_folder, tmp_path, name, damage, message):
     folder = tmp_path / "m"
-    shutil.copytree(sound, folder)
+    shutil.copytree(policy_folder, folder)
     (folder / name).unlink() if damage == MISSING else damage(folder / name)
     with pytest.raises(rarl.ModelError, match=message) as error:
         rarl.load_policy(folder)

@@ -1,0 +1,127 @@
+"""One shape of work, run our way or the usual way on the same weights: rollout, update, whole step.  Legend of shapes: rarl.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import grpo
+import rarl
+from data import Prompt
+from experiments.usual_way import set_way, usual_generate, usual_logprobs
+
+WAYS = ("ours", "usual")
+
+
+@dataclass
+class Job:
+    """Work of one shape. `ids` (N, T) are random answers, `advantages` (N,) are random too: only the work is measured."""
+
+    policy: rarl.Policy
+    rollout_policy: rarl.Policy  # what samples: the policy itself, or its copy in bfloat16
+    reference: rarl.Policy | None
+    optimizer: torch.optim.Optimizer
+    prompts: list[Prompt]
+    ids: Tensor
+    advantages: Tensor
+    micro: int  # prompts in one forward of the update
+    dtype: torch.dtype
+
+    @property
+    def G(self) -> int:
+        return len(self.ids) // len(self.prompts)
+
+    def use(self, way: str) -> None:
+        for policy in filter(None, (self.policy, self.rollout_policy, self.reference)):
+            set_way(policy, way)
+
+    def rollout(self, way: str) -> Tensor:
+        if way == "ours":
+            return rarl.generate(self.rollout_policy, self.prompts, self.G, self.ids.shape[1]).ids
+        return usual_generate(self.rollout_policy, self.prompts, self.G, self.ids.shape[1])
+
+    def update(self, way: str, reference: rarl.Policy | None = None) -> list[Tensor]:
+        """Gradients of the GRPO loss, added to .grad. -> log-probs, micro-batch by micro-batch"""
+        logprobs = rarl.logprobs if way == "ours" else usual_logprobs
+        self.policy.train(self.policy.model.is_activation_checkpointing)  # it needs training mode; Qwen has no dropout
+        half = self.dtype == torch.bfloat16  # no cache, as in train.py: it would hold a bf16 copy of all weights
+        amp = torch.autocast(self.policy.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        logps = []
+        for b in range(0, len(self.prompts), self.micro):
+            prompts, rows = self.prompts[b : b + self.micro], slice(b * self.G, (b + self.micro) * self.G)
+            ids, mask, ref_logp = self.ids[rows], torch.ones_like(self.ids[rows], dtype=torch.bool), None
+            with amp:
+                logp, _ = logprobs(self.policy, prompts, ids, mask)
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logp, _ = logprobs(reference, prompts, ids, mask)
+            loss, _ = grpo.grpo_loss(logp, None, ref_logp, self.advantages[rows], mask, denominator=len(self.ids))
+            loss.backward()
+            logps.append(logp.detach())
+        self.policy.eval()
+        return logps
+
+    def step(self, way: str) -> None:
+        if self.rollout_policy is not self.policy:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.rollout_policy.parameters()), list(self.policy.parameters()))
+        self.rollout(way)  # the update then scores `ids`, not what was sampled: the same answers in both ways
+        self.update(way, self.reference)
+        nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.policy.parameters() if p.grad is not None]
+
+
+def compare_ways(job: Job) -> dict[str, float]:
+    """How far ours is from the usual way: log-probs of sampled answers, log-probs and gradients of the update."""
+    logps: dict[str, Tensor] = {}
+    ours: list[Tensor] = []  # gradients
+    for way in WAYS:
+        job.use(way)
+        job.optimizer.zero_grad(set_to_none=False)
+        logps[way] = torch.cat(job.update(way))
+        ours = ours or [g.clone() for g in job.gradients()]
+    usual = _norm(job.gradients())
+    difference = _norm([a.sub_(b) for a, b in zip(ours, job.gradients(), strict=True)])  # in place: 3 B are large
+    with torch.no_grad():
+        few = job.prompts[: job.micro]
+        job.use("ours")
+        rollout = rarl.generate(job.rollout_policy, few, job.G, job.ids.shape[1])
+        job.use("usual")
+        expected, _ = usual_logprobs(job.rollout_policy, few, rollout.ids, rollout.mask)
+    job.optimizer.zero_grad(set_to_none=False)
+    return {
+        "logp": _gap(logps["ours"], logps["usual"]),
+        "gradient": difference / usual,
+        "rollout_logp": _gap(rollout.logp, expected),
+    }
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm().item()
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative where |b| > 1: a trained policy finds random answers absurd (log-probs of -30),
+    and float32 has 7 digits."""
+    return ((a - b).abs() / b.abs().clamp(min=1)).max().item()
+
+
+def noise_prompts(policy: rarl.Policy, B: int, images: int, pixels: int, seed: int) -> list[Prompt]:
+    """Prompts of slightly different lengths: text, noise images with their marks, text."""
+    config, rng = policy.model.config, torch.Generator().manual_seed(seed)
+    side = pixels // config.vision_config.patch_size
+    width = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
+    text = (~policy.banned.cpu()).nonzero().flatten()
+    image = [config.vision_start_token_id, *[config.image_token_id] * (side // 2) ** 2, config.vision_end_token_id]
+    prompts = []
+    for b in range(B):
+        words = text[torch.randint(len(text), (64 + b % 16,), generator=rng)]
+        ids = torch.cat([words[:32], torch.tensor(image * images), words[32:]])
+        patches = torch.randn(images * side * side, width, generator=rng)
+        prompts.append(Prompt(ids, patches, torch.tensor([[1, side, side]] * images)))
+    return prompts
