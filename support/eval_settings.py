@@ -27,7 +27,7 @@ def _device(text: str) -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # unknown; not in this torch
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}") from error
-    if device.type == "meta" or (device.type == "cpu" and device.index):
+    if device.type == "meta" or (device.type == "cpu" and torch.device(name).index):
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}")
     return device
 

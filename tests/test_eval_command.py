@@ -75,7 +75,8 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
         ("--model {tmp} --data dotz", "dotz"),
         ("--model {tmp} --data dots --images 2 4096", "4096 images"),
         ("--model {tmp} --data coco", "--data-root"),
-        ("--model {tmp} --data dots --out {tmp}/file", "file"),
+        ("--model {tmp} --data dots --out {tmp}/file", "file: File exists"),
+        ("--model {tmp} --data dots --out /proc/self", "nothing can be written to --out /proc/self"),
         ("--model {tmp} --data dots --delta 0", "--delta 0.0 must be positive"),
         ("--model {tmp} --data dots --delta nan", "--delta nan must be positive"),
         ("--model {tmp} --data dots --decimals 10", "--decimals 10 must be a whole number"),
@@ -105,6 +106,8 @@ def test_a_users_mistake_is_one_sentence(tmp_path, arguments, message):
         "--device abacus",
         "--device cuda:99",
         "--device meta",
+        "--device cpu:7",
+        "--device hpu",
         "--split dev",
         "--max-pixels 100",
         "--delta x",
@@ -353,7 +356,7 @@ def test_an_unreadable_test_image_is_named_before_the_model_is_loaded(tmp_path, 
 
 def command(*arguments, cwd, **more):
     start = [sys.executable, str(Path(evaluation.__file__)), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen(start, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, **more)
 
 

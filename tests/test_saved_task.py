@@ -63,6 +63,19 @@ def test_a_group_that_training_never_saw_keeps_its_task(save):
     )
 
 
+def test_a_new_group_is_asked_with_what_the_user_changed_for_training(save, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
+    lines = [f"{i}.png,{i},{'train' if i < 4 else 'test'},{'ab'[i % 2]}" for i in range(8)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split,group", *lines]))
+    trained = data.Task("rating a", "How ripe, from 0 to 6?", "from the least ripe", delta=7)
+    saved = save("csv", [trained], {"delta": 7.0})
+    test, _ = load_to_evaluate(saved, "csv", str(tmp_path), "test", {}, None)
+    assert {item.task for item in test if item.label % 2 == 0} == {trained}
+    (new,) = {item.task for item in test if item.label % 2}
+    assert (new.name, new.question, new.delta) == ("rating b", "Rate the image from 1 to 7.", 7)
+
+
 def test_bad_rows_are_skipped_as_in_training(save, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
