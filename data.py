@@ -23,6 +23,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -105,27 +106,60 @@ def reference_answer(sample: Sample) -> str:
 # Samples
 
 
-def draw_sample(pools: dict[Task, list[Item]], num_images: int, rng: random.Random) -> Sample:
+def draw_sample(
+    pools: dict[Task, list[Item]], num_images: int, rng: random.Random, weights: dict[Task, list[float]] | None = None
+) -> Sample:
     """n items of one task, with different labels where the task has enough of them.
 
-    Two equal labels make no comparable pair, so they would teach nothing about order. A task is drawn in proportion to
-    its items, among those that have n at all.
+    Two equal labels make no comparable pair, so they teach nothing about order. A task is drawn in proportion to its
+    items, among those that have n at all and, for n > 1, two different labels; only where no task has, another.
+
+    weights  of each task, the cumulative weights of its items (see `even_weights`); None draws all items alike
     """
     tasks = [task for task, items in pools.items() if len(items) >= num_images]
+    if num_images > 1:
+        tasks = [task for task in tasks if _labels_differ(pools[task])] or tasks
     task = rng.choices(tasks, weights=[len(pools[task]) for task in tasks])[0]
     items = pools[task]
     chosen: dict[str, Item] = {}
     seen: set[float] = set()
-    for different in (True, False):  # second pass: the labels ran out, so take any other item
-        for item in rng.sample(items, min(len(items), 32 * num_images)):
+    candidates = [rng.choices(items, cum_weights=weights[task], k=32 * num_images)] if weights else []
+    candidates += [rng.sample(items, min(len(items), 32 * num_images)) for _ in range(2)]
+    for k, some in enumerate(candidates):
+        different = k < len(candidates) - 1  # last pass: the labels ran out, so take any other item
+        for item in some:
             if len(chosen) == num_images:
                 break
             if item.name not in chosen and not (different and item.label in seen):
                 chosen[item.name] = item
                 seen.add(item.label)
     picked = list(chosen.values())
+    if num_images > 1 and len(seen) == 1 and _labels_differ(items):  # the other labels are too rare to be met
+        picked[-1] = rng.choice([item for item in items if item.label not in seen])
     rng.shuffle(picked)  # else duplicates, taken last, would always stand last in the prompt
     return Sample(tuple(picked))
+
+
+def _labels_differ(items: list[Item]) -> bool:
+    return any(item.label != items[0].label for item in items)
+
+
+def even_weights(labels: list[float], delta: float, most: float = 4.0) -> list[float]:
+    """Weights (mean about 1) that draw rare labels more often, so that no single answer does well everywhere.
+
+    Saying the same number y of every image earns R_reg(y) = mean_i max(0, 1 - (y - y_i)^2 / delta^2), which is highest
+    where labels are dense: with skewed labels, near the mode. There it may earn as much as a policy that looks. An item
+    is drawn in inverse proportion to what its label would earn so, at most `most` times as often as on average: a few
+    rare images repeated all the time would be learned by heart.
+    """
+    numbers, place = np.unique(np.asarray(labels, dtype=np.float64), return_inverse=True)
+    if len(numbers) > 1000:  # bins suffice
+        edges = np.linspace(numbers[0], numbers[-1], 1001)
+        numbers, place = (edges[1:] + edges[:-1]) / 2, np.minimum(np.searchsorted(edges, labels, "right") - 1, 999)
+    share = np.bincount(place, minlength=len(numbers)) / len(place)
+    earned = np.maximum(0, 1 - ((numbers[:, None] - numbers) / delta) ** 2) @ share
+    weights = 1 / np.maximum(earned, 1 / len(place))  # an empty bin earns nothing, and no item is in it
+    return np.minimum(weights / (share @ weights), most)[place].tolist()
 
 
 def make_pools(items: list[Item], num_images: int, what: str = "--images") -> dict[Task, list[Item]]:
@@ -160,15 +194,25 @@ class Sampler:
     `batch(step)` is a pure function of the arguments and the step: nothing has to be saved to resume but the step's
     number, any rank can compute any batch, and the preflight can walk through a whole stage beforehand.
 
-    images    numbers of images in a prompt; each step draws one of them for all its prompts, so that the prompts of a
-              step have similar lengths (little padding) while all numbers take turns
+    images   numbers of images in a prompt; each step draws one of them for all its prompts, so that the prompts of a
+             step have similar lengths (little padding) while all numbers take turns
+    balance  draw labels evenly (`even_weights`). None: where the items come from files. Labels of real data are skewed,
+             and then the best constant answer earns about as much as a good policy, so that training finds the
+             constant: on dots whose labels are geometric, 0.71 against 0.77 of R_reg; drawn evenly, 0.42 against 0.77.
+             A smaller delta does not mend it, as the mode stays the best constant. The drawn sets are even already.
     """
 
-    def __init__(self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int):
+    def __init__(
+        self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int, balance: bool | None = None
+    ):
         if not items:
             raise DataError("the training split is empty: check --data-root")
         self.items, self.images, self.batch_size, self.seed = items, images, batch_size, seed
         self.pools = make_pools(items, max(images))
+        self.weights: dict[Task, list[float]] | None = None
+        if any(item.path for item in items) if balance is None else balance:
+            weigh = lambda task, pool: even_weights([item.label for item in pool], task.delta)
+            self.weights = {task: list(accumulate(weigh(task, pool))) for task, pool in self.pools.items()}
 
     def batch(self, step: int) -> list[Sample]:
         """The `batch_size` samples of step `step` (0, 1, ...)."""
@@ -177,11 +221,12 @@ class Sampler:
         order = list(self.images)
         random.Random(f"images {self.seed} {cycle}").shuffle(order)
         num_images = order[place]
-        if num_images == 1:  # epochs: where all steps have one image, every item once before any item twice
+        if num_images == 1 and self.weights is None:
+            # Epochs: where all steps have one image, every item once before any item twice.
             first = step * self.batch_size
             return [Sample((self._epoch_item(first + i),)) for i in range(self.batch_size)]
         rng = random.Random(f"samples {self.seed} {step}")
-        return [draw_sample(self.pools, num_images, rng) for _ in range(self.batch_size)]
+        return [draw_sample(self.pools, num_images, rng, self.weights) for _ in range(self.batch_size)]
 
     def _epoch_item(self, position: int) -> Item:
         epoch, index = divmod(position, len(self.items))

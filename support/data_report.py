@@ -1,19 +1,179 @@
-"""What `python data.py NAME [ROOT]` prints and draws: a look at a data set before one trains on it."""
+"""What `python data.py NAME [ROOT]` prints and draws: a look at a data set before one trains on it.
+
+1. Counts, splits, and what was left out and why; all of it in the file left_out.txt beside the sheet.
+2. Files of equal bytes: with different labels (at most one can be right), or in two splits (the test set leaks).
+3. For each task, what a policy would earn that looks at no image. Where that is nearly what a good policy earns, training
+   finds the constant and stays there.
+4. The labels, the question as asked, and a sheet of samples with the names of their files.
+"""
 
 import argparse
 import math
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import DataError, Sample, format_value, make_pools, make_samples, question_text, reference_answer
-from support.datasets import _openable, format_left_out, read_dataset
+from data import (
+    DataError,
+    Item,
+    Sample,
+    Task,
+    format_value,
+    make_pools,
+    make_samples,
+    question_text,
+    reference_answer,
+)
+from support.atomic_files import write_text
+from support.blind import best_constant
+from support.datasets import LeftOut, format_left_out, keep_openable, read_dataset
 from support.images import identical_files
+from support.pictures import write
+from support.quiet_end import abandon_broken_stdout
 from support.readers import DATASETS
+from support.tables import format_number, format_table
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of the sheet
+SHOWN = 5  # examples of what is wrong; tasks whose question is printed
+GOOD = 0.77  # R_reg of a policy whose errors are normal with standard deviation delta / 2
+
+
+def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int = 0) -> None:
+    """Print what a data set holds and what is wrong with it, and draw a sheet of its samples. Opens every image."""
+    check_out(out)
+    print(f"reading {name}", file=sys.stderr)
+    splits, left_out = read_dataset(name, root, overrides, skip_bad=True)
+    splits, refused = keep_openable(splits)
+    left_out += refused
+    everything = [item for items in splits.values() for item in items]
+    print(f"{name}{f' under {root}' if root else ''}: {len(everything)} labels")
+    print("\nsplits      " + ", ".join(f"{split} {len(items)}" for split, items in splits.items()))
+    report_left_out(left_out, out.with_name("left_out.txt"))
+    report_identical(identical_files(splits))
+    if not everything:
+        raise DataError(f"{name} under {root} holds no usable image")
+    report_tasks(splits)
+    print(f"\nlabels\n{format_histogram([item.label for item in everything])}")
+    shown = splits["train"] or everything
+    most = max(len(pool) for pool in make_pools(shown, 1).values())
+    draw_sheet([s for n in (1, 2, 4) if n <= most for s in make_samples(shown, n, 2, seed)], out)
+    print(f"\nwrote {out}, samples of the {'train split' if splits['train'] else 'data set'}")
+
+
+def check_out(out: Path) -> None:
+    """DataError for a place that the sheet cannot be written to: said before everything is read, not after."""
+    if out.suffix.lower() not in ENDINGS:
+        raise DataError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: there is no folder {out.parent}")
+    if out.exists() and not out.is_file():
+        raise DataError(f"--out {out} is no regular file: choose another name")
+
+
+def report_left_out(left_out: list[LeftOut], file: Path) -> None:
+    """The reasons with a few examples; all of it in a file."""
+    print(f"left out    {format_left_out(left_out)}")
+    if left_out or file.exists():  # what an earlier look left out may be mended
+        text = format_left_out(left_out, len(left_out))
+        write_text(file, text.encode("utf-8", "backslashreplace").decode() + "\n")
+    if left_out:
+        print(f"  all of them are in {file}")
+
+
+def report_identical(groups: list[list[tuple[str, Item]]]) -> None:
+    """How many files have equal bytes but different labels, and how many stand in two splits, with examples."""
+    contradicting = [group for group in groups if _labels_contradict(group)]
+    leaking = [group for group in groups if len({split for split, _ in group}) > 1]
+    print(f"identical   {_files(contradicting)} with different labels", end="")
+    print(": at most one label can be right, correct them" if contradicting else "")
+    for group in contradicting[:SHOWN]:
+        print("      " + " = ".join(f"{split} {item.path} ({item.label:g})" for split, item in group))
+    print(f"            {_files(leaking)} in more than one split", end="")
+    print(": take them out of train" if leaking else "")
+    for group in leaking[:SHOWN]:
+        print("      " + " = ".join(dict.fromkeys(f"{split} {item.path}" for split, item in group)))
+
+
+def _files(groups: list[list[tuple[str, Item]]]) -> str:
+    number = len({item.path for group in groups for _, item in group})
+    return "1 file" if number == 1 else f"{number} files"
+
+
+def _labels_contradict(group: list[tuple[str, Item]]) -> bool:
+    labels: dict[Task, set[float]] = defaultdict(set)
+    for _, item in group:
+        labels[item.task].add(item.label)
+    return any(len(different) > 1 for different in labels.values())
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def report_tasks(splits: dict[str, list[Item]]) -> None:
+    """For each task its labels, what the best constant answers earn, how often a prompt has nothing to rank."""
+    pools = make_pools([item for items in splits.values() for item in items], 1)
+    train = make_pools(splits["train"], 1) if splits["train"] else {}
+    largest_first = sorted(pools, key=lambda task: -len(pools[task]))
+    head = ["task", "labels", "from", "to", "delta", "best by R_reg", "R_reg", "MAE", "best by MAE", "R_reg", "MAE"]
+    rows = [[*head, "alike 2", "4", "8"]]
+    easy = []
+    for task in largest_first:
+        labels = [item.label for item in train.get(task) or pools[task]]
+        low, high = (format_value(f(item.label for item in pools[task]), task.decimals) for f in (min, max))
+        cells = [task.name, str(len(pools[task])), low, high, f"{task.delta:g}"]
+        for value in best_constant(labels, task.delta, task.decimals):
+            regression, error = constant_earns(value, labels, task.delta)
+            cells += [format_value(value, task.decimals), f"{regression:.2f}", format_number(error, 2)]
+        rows.append(cells + [_percent(share_without_pair(labels, n)) for n in (2, 4, 8)])
+        if float(rows[-1][6]) > 0.75 * GOOD:
+            easy.append(f"{task.name} {rows[-1][5]}")
+    print(f"\ntasks       {len(pools)}\n{format_table(rows)}")
+    print(
+        "  best by R_reg, best by MAE: the constant answers that suit the labels best"
+        f"{' of the train split' if train else ''}, and what they earn.\n"
+        f"  A policy that errs by about delta / 2 earns an R_reg of {GOOD}. alike: share of prompts of 2, 4 and 8 images\n"
+        "  drawn blindly whose labels are all equal; such are used only where a task has a single label."
+    )
+    if easy:
+        print(
+            f"  Here one answer to every image earns nearly as much as a good policy: {', '.join(easy[:SHOWN])}"
+            f"{f' and {len(easy) - SHOWN} more' if len(easy) > SHOWN else ''}.\n"
+            "  Training draws rare labels more often, which helps; so does a smaller --delta."
+        )
+    print("\nasked")
+    for task in largest_first[:SHOWN]:
+        print(f"  {question_text(task, 1)}\n  {question_text(task, 2)}")
+    if len(pools) > SHOWN:
+        print(f"  and so on for {len(pools) - SHOWN} more tasks")
+
+
+def constant_earns(value: float, labels: list[float], delta: float) -> tuple[float, float]:
+    """R_reg and MAE of saying `value` of every image.
+
+    >>> constant_earns(3, [3, 5, 9], delta=4)  # errors 0, 2, 6: (1 + 0.75 + 0) / 3, and 8 / 3
+    (0.5833333333333334, 2.6666666666666665)
+    """
+    errors = np.abs(np.asarray(labels, dtype=np.float64) - value)
+    return float(np.mean(np.maximum(0, 1 - (errors / delta) ** 2))), float(np.mean(errors))
+
+
+def share_without_pair(labels: list[float], n: int) -> float:
+    """Probability that n different images drawn blindly all have the same label; nan if there are fewer than n.
+
+    >>> share_without_pair([1, 1, 1, 2], 2)  # 3 of the 6 pairs
+    0.5
+    """
+    if len(labels) < n:
+        return math.nan
+    return sum(math.comb(count, n) for count in Counter(labels).values()) / math.comb(len(labels), n)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> str:
@@ -29,53 +189,32 @@ def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> st
     return "\n".join(f"  {text:>{room}} {n:7d} {'#' * math.ceil(width * n / most)}" for text, n in rows)
 
 
+# --- the sheet --------------------------------------------------------------------------------------------------------
+
+
 def draw_sheet(samples: list[Sample], path: Path) -> None:
-    """A picture of samples (up to 4 images each): the images, the prompt's text, the reference answer."""
+    """A picture of samples (up to 4 images each): the images and their names, the prompt's text, the reference answer."""
     side, gap, line, font = 190, 10, 20, ImageFont.load_default(size=14)
-    canvas = Image.new("RGB", (4 * (side + gap) + 3 * gap, len(samples) * (side + 9 * line)), "white")
+    canvas = Image.new("RGB", (4 * (side + gap) + 3 * gap, len(samples) * (side + 10 * line)), "white")
     pen, y = ImageDraw.Draw(canvas), gap
     for sample in samples:
         for i, item in enumerate(sample.items):
             x = 2 * gap + i * (side + gap)
             pen.text((x, y), f"Image {i + 1}:", fill="black", font=font)
             canvas.paste(ImageOps.contain(item.image(), (side, side)), (x, y + line))
-        y += line + side + gap
+            write(pen, 12, (x, y + line + side + 2), item.name, side, "gray", cut="middle")
+        y += 2 * line + side + gap
         prompt = question_text(sample.task, len(sample.items))
         for text, colour in ((prompt, "black"), (reference_answer(sample), "green")):
             # The built-in font knows no more than Latin letters.
-            for part in textwrap.wrap(text.encode("latin-1", "backslashreplace").decode("latin-1"), 116):
+            for part in textwrap.wrap(text.encode("latin-1", "backslashreplace").decode("latin-1"), 116)[:4]:
                 pen.text((2 * gap, y), part, fill=colour, font=font)
                 y += line
         y += 2 * gap
     canvas.crop((0, 0, canvas.width, y)).save(path)
 
 
-def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int = 0) -> None:
-    """Print what a data set holds and what is wrong with it, and draw a sheet of its samples. Opens every image."""
-    splits, left_out = read_dataset(name, root, overrides, skip_bad=True)
-    splits, refused = _openable(splits)
-    left_out += refused
-    everything = [item for items in splits.values() for item in items]
-    print(f"{name}{f' under {root}' if root else ''}: {len(everything)} labels")
-    print("\nsplits      " + ", ".join(f"{split} {len(items)}" for split, items in splits.items()))
-    print(f"left out    {format_left_out(left_out)}")
-    twice = identical_files(splits)
-    advice = ": take them out of train" if twice else ""
-    print(f"duplicates  {len(twice)} files stand in more than one split{advice}")
-    for group in twice[:5]:
-        print("      " + " = ".join(f"{split} {path}" for split, path in group))
-    if not everything:
-        raise DataError(f"{name} under {root} holds no usable image")
-    pools = make_pools(everything, 1)
-    print(f"\ntasks       {len(pools)}")
-    for task, items in sorted(pools.items(), key=lambda pool: -len(pool[1])):
-        low, high = (format_value(f(i.label for i in items), task.decimals) for f in (min, max))
-        print(f"  {len(items):7d} {task.name}, {low} to {high}, delta {task.delta:g}")
-    print(f"\nlabels\n{format_histogram([item.label for item in everything])}")
-    shown = splits["train"] or everything
-    most = max(len(pool) for pool in make_pools(shown, 1).values())
-    draw_sheet([s for n in (1, 2, 4) if n <= most for s in make_samples(shown, n, 2, seed)], out)
-    print(f"\nwrote {out}, samples of the {'train split' if splits['train'] else 'data set'}")
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,8 +233,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="draws the samples")
     args = parser.parse_args(argv)
     overrides = {field: getattr(args, field) for field in ("question", "order", "delta", "decimals")}
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be anything
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         inspect(args.name, args.root, args.out, overrides, args.seed)
     except (DataError, OSError) as error:
+        abandon_broken_stdout()
         raise SystemExit(f"data.py: {error}") from None
+    except KeyboardInterrupt:
+        print("data.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data import DataError, Item
+from data import DataError, Item, Task
 from support.drawings import DRAWN, load_drawn
 from support.images import open_image, unreadable
-from support.readers import DATASETS, READERS, SPLITS, Row, _text, hash_split, make_task
+from support.readers import DATASETS, MAX_LABEL, READERS, SPLITS, Row, hash_split, make_task, read_text
 
 LISTS = {  # the second ones are AVA's own
     "train": ("train.txt", "aesthetics_image_lists/generic_ls_train.jpgl"),
@@ -25,8 +25,8 @@ def read_lists(folder: Path) -> dict[str, str]:
     """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none."""
     listed: dict[str, str] = {}
     for split, files in LISTS.items():
-        for file in [folder / f for f in files if (folder / f).is_file()][:1]:
-            for name in filter(None, map(str.strip, _text(file).splitlines())):
+        for file in [folder / f for f in files if os.path.lexists(folder / f)][:1]:
+            for name in filter(None, map(str.strip, read_text(file).splitlines())):
                 if listed.setdefault(name, split) != split:
                     raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
     return listed
@@ -49,18 +49,92 @@ class LeftOut(NamedTuple):
     bad: bool  # an error unless bad rows are to be skipped; else left out by the data set's own rules
 
 
-def _check(row: Row, folder: Path, names: dict[str, str], some_have_split: bool) -> str:
-    """What is wrong with a row, or "". The particulars come after a colon, so that reasons can be counted."""
+def read_dataset(
+    name: str, root: str | Path | None = None, task_overrides: dict | None = None, skip_bad: bool = False
+) -> tuple[dict[str, list[Item]], list[LeftOut]]:
+    """All splits of a data set, {"train": items, "val": items, "test": items}, and what was left out, and why.
+
+    Image files must exist, but are not opened. For the arguments see `data.load_dataset`.
+    """
+    overrides = task_overrides or {}
+    if name in DRAWN:
+        return _drawn_splits(name, overrides), []
+    root, folder = _find_root(name, root)
+    rows = _read_rows(name, root, folder)
+    listed = read_lists(folder)
+    chosen, left_out = _check_and_split(rows, folder, listed, skip_bad)
+    if listed and not any(name in listed for row in rows for name in row.known_as()):
+        raise DataError(f"no image of {root} is in its train.txt, val.txt or test.txt: they hold one name or id a line")
+    return _make_items(chosen, READERS[name][1], overrides), left_out
+
+
+def _drawn_splits(name: str, overrides: dict) -> dict[str, list[Item]]:
+    task = make_task(DRAWN[name][0], overrides)
+    return {split: [dataclasses.replace(i, task=task) for i in load_drawn(name, split)] for split in SPLITS}
+
+
+def _find_root(name: str, root: str | Path | None) -> tuple[Path, Path]:
+    """The root as an absolute path, and the folder where the images are."""
+    if name not in READERS:
+        raise DataError(f"unknown data set {name!r}: choose {', '.join(DATASETS[:-1])} or {DATASETS[-1]}")
+    if root is None:
+        raise DataError(f"--data {name} needs --data-root, the folder it lies in")
+    root = Path(os.path.abspath(root))
+    is_folder = os.path.isdir(root)  # unlike Path.is_dir, False for any name that no folder can have
+    if not is_folder and not (name in ("coco", "csv", "jsonl") and os.path.isfile(root)):
+        raise DataError(f"--data-root {root} is not a folder")
+    folder = root if is_folder else root.parent
+    if name == "coco" and folder.name == "annotations":
+        folder = folder.parent
+    return root, folder
+
+
+def _read_rows(name: str, root: Path, folder: Path) -> list[Row]:
+    reader, _ = READERS[name]
+    try:
+        return list(reader(root, folder))
+    except OSError as error:  # no permission, a disk that fails
+        raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from None
+
+
+def _check_and_split(
+    rows: list[Row], folder: Path, listed: dict[str, str], skip_bad: bool
+) -> tuple[list[tuple[Row, str]], list[LeftOut]]:
+    """The rows that can be used with their splits, and the others. DataError at the first bad one, unless skip_bad."""
+    some_have_split = any(row.split for row in rows)
+    chosen: list[tuple[Row, str]] = []
+    left_out: list[LeftOut] = []
+    names: dict[str, str] = {}
+    for row in rows:
+        if row.skip:
+            left_out.append(LeftOut(row.skip, row.where, False))
+        elif wrong := _what_is_wrong(row, folder, names, some_have_split):
+            if not skip_bad:
+                raise DataError(f"{row.where}: {wrong} (correct it or take it out; --skip-bad leaves out all such)")
+            left_out.append(LeftOut(wrong, row.where, True))
+        elif split := choose_split(row, listed):
+            names[row.name] = row.where
+            chosen.append((row, split))
+        else:
+            left_out.append(LeftOut("stands in no list file", row.where, False))
+    return chosen, left_out
+
+
+def _what_is_wrong(row: Row, folder: Path, names: dict[str, str], some_have_split: bool) -> str:
+    """What is wrong with a row, or "". The particulars come after a colon, so that reasons can be counted.
+
+    names  of the rows before it, and where they stand
+    """
     if row.bad:
         return row.bad
-    if row.label is None or not str(row.label).strip():
+    if row.label is None or row.label == "" or isinstance(row.label, str) and not row.label.strip():
         return "has no label"
-    try:
-        number = math.nan if isinstance(row.label, bool) else float(row.label)  # type: ignore[arg-type]
-    except (ValueError, TypeError, OverflowError):
-        number = math.nan
+    number = _number(row.label)
     if not math.isfinite(number):
-        return f"the label is not a finite number: {str(row.label)[:50]!r}"
+        shown = repr(str(row.label)[:50]) if isinstance(row.label, str | int | float) else type(row.label).__name__
+        return f"the label is not a finite number: {shown}"
+    if abs(number) > MAX_LABEL:
+        return f"the label is larger than {MAX_LABEL:g}, so use another unit: {number:g}"
     if row.name in names:
         return f"is listed twice, and first at: {names[row.name]}"
     if some_have_split and row.split not in SPLITS:
@@ -68,61 +142,35 @@ def _check(row: Row, folder: Path, names: dict[str, str], some_have_split: bool)
     # Without following links: what a data set says must not lead out of its folder; what the user linked there may.
     if not Path(os.path.normpath(row.path)).is_relative_to(folder):
         return f"the path leads out of {folder}, move or link the images into it: {row.path}"
-    return "" if os.path.isfile(row.path) else f"the image file does not exist: {row.path}"
+    if os.path.isfile(row.path):
+        return ""
+    if os.path.lexists(row.path) and not os.path.islink(row.path):
+        return f"the image is no regular file: {row.path}"
+    return f"the image file does not exist: {row.path}"
 
 
-def read_dataset(
-    name: str, root: str | Path | None = None, task_overrides: dict | None = None, skip_bad: bool = False
-) -> tuple[dict[str, list[Item]], list[LeftOut]]:
-    """All splits of a data set, {"train": items, "val": items, "test": items}, and what was left out, and why.
+def _number(label: object) -> float:
+    """A label as a number; nan if it is none."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        return math.nan
+    try:
+        return float(label)
+    except (ValueError, OverflowError):
+        return math.nan
 
-    Image files must exist, but are not opened. For the arguments see `load_dataset`.
-    """
-    overrides = task_overrides or {}
-    if name in DRAWN:
-        task = make_task(DRAWN[name][0], overrides)
-        drawn = {split: load_drawn(name, split) for split in SPLITS}
-        return {s: [dataclasses.replace(i, task=task) for i in items] for s, items in drawn.items()}, []
-    if name not in READERS:
-        raise DataError(f"unknown data set {name!r}: choose {', '.join(DATASETS[:-1])} or {DATASETS[-1]}")
-    if root is None:
-        raise DataError(f"--data {name} needs --data-root, the folder it lies in")
-    root = Path(os.path.abspath(root))
-    if not root.is_dir() and not (root.is_file() and name in ("coco", "csv", "jsonl")):
-        raise DataError(f"--data-root {root} is not a folder")
-    reader, base = READERS[name]
-    folder = root if root.is_dir() else root.parent
-    if name == "coco" and folder.name == "annotations":
-        folder = folder.parent
-    found = list(reader(root, folder))
-    listed = read_lists(folder)
-    some_have_split = any(row.split for row in found)
-    rows: list[tuple[Row, str]] = []
-    left_out: list[LeftOut] = []
-    names: dict[str, str] = {}
-    labels: dict[str, list[float]] = defaultdict(list)  # of each group, all splits
-    for row in found:
-        if row.skip:
-            left_out.append(LeftOut(row.skip, row.where, False))
-        elif wrong := _check(row, folder, names, some_have_split):
-            if not skip_bad:
-                raise DataError(f"{row.where}: {wrong} (correct it or take it out; --skip-bad leaves out all such)")
-            left_out.append(LeftOut(wrong, row.where, True))
-        elif split := choose_split(row, listed):
-            rows.append((row, split))
-            names[row.name] = row.where
-            labels[row.group].append(float(row.label))  # type: ignore[arg-type]
-        else:
-            left_out.append(LeftOut("stands in no list file", row.where, False))
-    if listed and not any(name in listed for row in found for name in row.known_as()):
-        raise DataError(f"no image of {root} is in its train.txt, val.txt or test.txt: they hold one name or id a line")
+
+def _make_items(chosen: list[tuple[Row, str]], base: Task, overrides: dict) -> dict[str, list[Item]]:
+    """Items by split. Each group of rows has its own task, made from the labels of all splits."""
+    labels: dict[str, list[float]] = defaultdict(list)
+    for row, _ in chosen:
+        labels[row.group].append(_number(row.label))
+    make_task(base, overrides)  # wrong settings are named even where no row is left
     tasks = {group: make_task(base, overrides, group, values) for group, values in labels.items()}
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for row, split in rows:
+    for row, split in chosen:
         path = Path(os.path.normpath(row.path))
-        image = partial(open_image, path)
-        items[split].append(Item(row.name, float(row.label), tasks[row.group], image, path))  # type: ignore[arg-type]
-    return items, left_out
+        items[split].append(Item(row.name, _number(row.label), tasks[row.group], partial(open_image, path), path))
+    return items
 
 
 def load_splits(
@@ -138,7 +186,7 @@ def load_splits(
             raise DataError(f"unknown split {split!r}: choose train, val or test")
     items, left_out = read_dataset(name, root, task_overrides, skip_bad)
     if skip_bad:
-        openable, refused = _openable({split: items[split] for split in splits})
+        openable, refused = keep_openable({split: items[split] for split in splits})
         items, left_out = items | openable, left_out + refused
     if left_out:
         print(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)", file=sys.stderr)
@@ -148,7 +196,8 @@ def load_splits(
     return [items[split] for split in (*splits, *labels_of)]
 
 
-def _openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:
+def keep_openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:
+    """The items whose images can be opened, and those whose cannot. Slow: opens all."""
     wrong = unreadable([item for split in items.values() for item in split])
     good = {split: [item for item in some if item.path not in wrong] for split, some in items.items()}
     return good, [LeftOut("image cannot be used", text, True) for text in wrong.values()]

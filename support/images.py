@@ -1,12 +1,15 @@
 """Image files: opened as upright RGB, checked, compared."""
 
 import hashlib
+import os
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from data import MAX_ASPECT, DataError, Item
 
@@ -21,6 +24,8 @@ def open_image(path: Path) -> Image.Image:
     `smart_size`) or larger than Image.MAX_IMAGE_PIXELS: a few kilobytes can unpack to gigabytes, and Pillow only
     warns up to twice that limit.
     """
+    if not os.path.isfile(path) and os.path.lexists(path):  # to open a pipe would wait for ever
+        raise DataError(f"image file {path} is no regular file: replace it or take it out")
     try:
         with Image.open(path, formats=FORMATS) as image:
             size, limit = f"{image.width} x {image.height} pixels", Image.MAX_IMAGE_PIXELS
@@ -63,21 +68,38 @@ def unreadable(items: list[Item]) -> dict[Path, str]:
         return ""
 
     paths = list(dict.fromkeys(item.path for item in items if item.path))
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        return {path: wrong for path, wrong in zip(paths, pool.map(check, paths), strict=True) if wrong}
+    pool = ThreadPoolExecutor()  # decoding releases the GIL
+    try:
+        checked = progress(pool.map(check, paths), "checking images", len(paths))
+        return {path: wrong for path, wrong in zip(paths, checked, strict=True) if wrong}
+    finally:
+        pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all of them
 
 
-def identical_files(splits: dict[str, list[Item]]) -> list[list[tuple[str, Path]]]:
-    """Files of equal bytes that stand in more than one split: groups of (split, file).
+def progress(steps: Iterable, what: str, total: int) -> Iterable:
+    """The same steps, with a bar on stderr if they take longer than a second. Of several processes the first shows it."""
+    return tqdm(steps, what, total, delay=1, leave=False, disable=os.environ.get("RANK", "0") != "0")
+
+
+def identical_files(splits: dict[str, list[Item]]) -> list[list[tuple[str, Item]]]:
+    """Groups of (split, item) whose files have equal bytes; in each, more than one file or more than one split.
 
     Only files of equal size are read. The same picture, saved anew or resized, is not found.
     """
-    by_size: dict[int, set[tuple[str, Path]]] = defaultdict(set)
-    for split, path in {(split, item.path) for split, items in splits.items() for item in items if item.path}:
-        by_size[path.stat().st_size].add((split, path))
-    groups: dict[bytes, list[tuple[str, Path]]] = defaultdict(list)
-    for files in by_size.values():
-        if len({split for split, _ in files}) > 1:
-            for split, path in sorted(files):
-                groups[hashlib.sha256(path.read_bytes()).digest()].append((split, path))
-    return [group for group in groups.values() if len({split for split, _ in group}) > 1]
+    of_path: dict[Path, list[tuple[str, Item]]] = defaultdict(list)
+    for split, items in splits.items():
+        for item in items:
+            if item.path:
+                of_path[item.path].append((split, item))
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in sorted(of_path):
+        by_size[path.stat().st_size].append(path)
+    same_size = [path for paths in by_size.values() if len(paths) > 1 for path in paths]
+    groups: dict[bytes, list[tuple[str, Item]]] = defaultdict(list)
+    for path in progress(same_size, "comparing files", len(same_size)):
+        groups[hashlib.sha256(path.read_bytes()).digest()] += of_path.pop(path)
+    alone = of_path.values()  # like none but themselves, yet perhaps in two splits
+    found = [
+        sorted(group, key=lambda entry: (entry[0], entry[1].path or Path())) for group in (*groups.values(), *alone)
+    ]
+    return [group for group in found if len({(split, item.path) for split, item in group}) > 1]

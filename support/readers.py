@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -53,6 +52,8 @@ class Row(NamedTuple):
 
 
 SPLITS = ("train", "val", "test")
+MAX_LABEL = 1e12  # what a policy can write digit by digit, and what can be squared
+MIN_DELTA = 1e-9  # an error is divided by it and squared
 
 
 def hash_split(name: str) -> str:
@@ -62,7 +63,10 @@ def hash_split(name: str) -> str:
     return "train" if place < 7 else "val" if place == 7 else "test"
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A text file's content. DataError for what is no regular file (a pipe would never end) or not UTF-8."""
+    if not os.path.isfile(file):
+        raise DataError(f"{file} is no regular file: save its text as one")
     try:
         return file.read_text(encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
     except UnicodeDecodeError:
@@ -71,9 +75,20 @@ def _text(file: Path) -> str:
 
 def _image_files(root: Path) -> list[Path]:
     """All image files below a folder in the order of their names, less hidden ones (macOS leaves ._name.jpg behind)."""
-    walk = os.walk(root, followlinks=True)  # part folders may be links, which rglob passes over
-    files = sorted(Path(f, n) for f, _, names in walk for n in names if n.lower().endswith(ENDINGS))
-    return [f for f in files if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
+    files: list[Path] = []
+    # Part folders may be links, which rglob passes over. A folder that cannot be listed must not go missing silently.
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+        here = Path(folder)
+        inside = [os.path.realpath(f) for f in (here, *here.parents) if f.is_relative_to(root)]
+        if inside[0] in inside[1:]:  # a link to a folder that it lies in: round and round
+            folders.clear()
+        else:
+            files += [here / name for name in names if name.lower().endswith(ENDINGS)]
+    return [f for f in sorted(files) if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _locate(folders: list[Path], name: str) -> Path:
@@ -104,30 +119,17 @@ def read_coco(root: Path, folder: Path) -> Iterator[Row]:
     With annotations of train and val, val becomes our test split (COCO's own test set has no public labels) and
     train is divided into train and val. The root may be one annotation file.
     """
-    files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
-    if root.is_file():
-        files = [root]
-    elif not files:
-        raise DataError(f"no annotations/instances_*.json under {root}: point --data-root at the COCO folder")
+    files = _coco_files(root)
     both = all(any(part in file.stem for file in files) for part in ("train", "val"))
     others = sorted(f for f in [*folder.glob("*"), *folder.glob("images/*")] if f.is_dir() and f.name != "annotations")
     annotated: dict[str, Path] = {}  # image -> the file that has it
     for file in files:
         year = file.stem.removeprefix("instances_")  # val2017
         folders = [f for f in (folder / year, folder / "images" / year, folder, *others) if f.is_dir()]
-        try:
-            content = json.loads(_text(file))
-            names = {c["id"]: c["name"] for c in content["categories"]}
-            images = {i["id"]: str(i["file_name"]) for i in content["images"]}
-            annotations = [a for a in content["annotations"] if a["image_id"] in images]
-            counts = Counter((a["image_id"], a["category_id"]) for a in annotations)
-            crowds = {(a["image_id"], a["category_id"]) for a in annotations if a.get("iscrowd")}
-            counted = [(images[i], names[c], n, (i, c) in crowds) for (i, c), n in sorted(counts.items())]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{file} is not a COCO instances file ({type(error).__name__}: {error})") from None
-        if twice := next((name for name in images.values() if annotated.setdefault(name, file) != file), None):
+        images, counted = _count_instances(file)
+        if twice := next((name for name in images if annotated.setdefault(name, file) != file), None):
             raise DataError(f"{annotated[twice]} and {file} both annotate {twice}: point --data-root at one of the two")
-        paths = {name: _locate(folders, name) for name in images.values()}
+        paths = {name: _locate(folders, name) for name in images}
         for name, category, count, crowd in counted:
             split = None
             if both:
@@ -135,6 +137,33 @@ def read_coco(root: Path, folder: Path) -> Iterator[Row]:
             skip = "has a crowd of the category, so no known number" if crowd else ""
             where, item = f"{file}, {name}, {category}", f"{year}/{name}/{category}"
             yield Row(where, item, paths[name], count, name, category, split, skip)
+
+
+def _coco_files(root: Path) -> list[Path]:
+    """The annotation files: the root itself if it is one."""
+    if root.is_file():
+        return [root]
+    files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
+    if not files:
+        raise DataError(f"no annotations/instances_*.json under {root}: point --data-root at the COCO folder")
+    return files
+
+
+def _count_instances(file: Path) -> tuple[list[str], list[tuple[str, str, int, bool]]]:
+    """All image names of a COCO file, and (image, category, number of instances, is there a crowd)."""
+    try:
+        content = json.loads(read_text(file))
+        names = {c["id"]: str(c["name"]) for c in content["categories"]}
+        images = {i["id"]: str(i["file_name"]) for i in content["images"]}
+        annotations = [a for a in content["annotations"] if a["image_id"] in images]
+        counts = Counter((a["image_id"], a["category_id"]) for a in annotations)
+        crowds = {(a["image_id"], a["category_id"]) for a in annotations if a.get("iscrowd")}
+        counted = [(images[i], names[c], n, (i, c) in crowds) for (i, c), n in sorted(counts.items())]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is not a COCO instances file ({type(error).__name__}: {error})") from None
+    return list(images.values()), counted
 
 
 def read_ava(root: Path, folder: Path) -> Iterator[Row]:
@@ -146,9 +175,9 @@ def read_ava(root: Path, folder: Path) -> Iterator[Row]:
     if not file.is_file():
         raise DataError(f"{file} does not exist: point --data-root at the folder with AVA.txt and images/")
     folders = [f for f in (root / "images", root / "image", root) if f.is_dir()]
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         where, fields = f"{file} line {number}", line.split()
-        if len(fields) != 15 or not all(f.isdecimal() for f in fields):
+        if len(fields) != 15 or not all(f.isdecimal() and len(f) < 16 for f in fields):
             yield Row(where, bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
             continue
         image, votes = fields[1], [int(f) for f in fields[2:12]]
@@ -181,7 +210,7 @@ def read_csv(root: Path, folder: Path) -> Iterator[Row]:
     Comma-separated, UTF-8, with a header line. The root is the file or a folder with exactly one .csv (or labels.csv).
     """
     file = _table(root, ".csv")
-    reader = csv.DictReader(io.StringIO(_text(file)), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(read_text(file)), skipinitialspace=True)
     try:
         if not {"path", "label"} <= set(reader.fieldnames or ()):
             raise DataError(f"{file} must begin with a line path,label[,split][,group], not {reader.fieldnames}")
@@ -196,7 +225,7 @@ def read_csv(root: Path, folder: Path) -> Iterator[Row]:
 def read_jsonl(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: one JSON object a line, {"path": "a.jpg", "label": 3.5}, and if you like "split" and "group"."""
     file = _table(root, ".jsonl")
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         where = f"{file} line {number}"
         if line.strip():
             try:
@@ -250,30 +279,13 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
     """The task of one group: `base`, with the user's question, order, delta, decimals where given (not None).
 
     {group}, {low} and {high} in a question or order stand for the group's name and its lowest and highest label.
-    Where the base leaves them open, delta is a quarter of the range of all splits' labels (so that an answer in the middle
-    earns something for the middle half of them) and decimals are what it takes to write them, at most 3.
+    Where the base leaves them open, delta and decimals are found from the labels of all splits (`fit_to_labels`).
     """
-    given = {field: value for field, value in overrides.items() if value is not None}
-    if unknown := set(given) - {"question", "order", "delta", "decimals"}:
-        raise DataError(f"a task has no setting {sorted(unknown)}: question, order, delta, decimals")
-    if not 0 < given.get("delta", 1) < math.inf:
-        raise DataError(f"--delta {given['delta']} must be positive and finite")
-    if given.get("decimals", 0) not in range(10):
-        raise DataError(f"--decimals {given['decimals']} must be a whole number from 0 to 9")
-    if not all(str(given.get(field, "?")).strip() for field in ("question", "order")):
-        raise DataError("--question and --order must not be empty")
-    task = dataclasses.replace(base, **given)
+    task = dataclasses.replace(base, **_checked(overrides))
     words = {"{group}": group}
     if labels:
-        low, high, decimals, delta = min(labels), max(labels), task.decimals, task.delta
-        if decimals < 0:
-            decimals = next((d for d in range(3) if all(round(label, d) == label for label in labels)), 3)
-        if delta == 0 and low == high:
-            raise DataError(
-                f"all labels {f'of {group} ' if group else ''}are {low:g}, so delta is unknown: set --delta"
-            )
-        task = dataclasses.replace(task, decimals=decimals, delta=delta or float(f"{(high - low) / 4:.3g}"))
-        words |= {"{low}": format_value(low, decimals), "{high}": format_value(high, decimals)}
+        task = fit_to_labels(task, labels, group)
+        words |= {"{low}": format_value(min(labels), task.decimals), "{high}": format_value(max(labels), task.decimals)}
     name = task.name if "{group}" in task.name or not group else f"{task.name} {{group}}"  # groups stay apart
 
     def fill(text: str) -> str:
@@ -282,3 +294,35 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
         return text
 
     return dataclasses.replace(task, name=fill(name), question=fill(task.question), order=fill(task.order))
+
+
+def _checked(overrides: dict) -> dict:
+    """The settings of a task that were given. DataError for those that make no sense."""
+    given = {field: value for field, value in overrides.items() if value is not None}
+    if unknown := set(given) - {"question", "order", "delta", "decimals"}:
+        raise DataError(f"a task has no setting {sorted(unknown)}: question, order, delta, decimals")
+    if not MIN_DELTA <= given.get("delta", 1) <= MAX_LABEL:
+        raise DataError(f"--delta {given['delta']} must be positive and finite, from {MIN_DELTA:g} to {MAX_LABEL:g}")
+    if given.get("decimals", 0) not in range(10):
+        raise DataError(f"--decimals {given['decimals']} must be a whole number from 0 to 9")
+    if not all(str(given.get(field, "?")).strip() for field in ("question", "order")):
+        raise DataError("--question and --order must not be empty")
+    return given
+
+
+def fit_to_labels(task: Task, labels: list[float], group: str = "") -> Task:
+    """delta and decimals from the labels, where the task leaves them open (delta 0, decimals -1).
+
+    delta is a quarter of the labels' range, so that an answer in the middle earns something for the middle half of it.
+    decimals are what it takes to write the labels, at most 3.
+    """
+    low, high, decimals, delta = min(labels), max(labels), task.decimals, task.delta
+    if decimals < 0:
+        decimals = next((d for d in range(3) if all(round(label, d) == label for label in labels)), 3)
+    if delta == 0:
+        delta = float(f"{(high - low) / 4:.3g}")
+        if delta < MIN_DELTA:
+            of = f"of {group} " if group else ""
+            alike = f"are {low:g}" if low == high else f"are nearly alike, {low:g} to {high:g}"
+            raise DataError(f"all labels {of}{alike}, so delta is unknown: set --delta")
+    return dataclasses.replace(task, decimals=decimals, delta=delta)

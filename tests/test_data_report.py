@@ -1,8 +1,13 @@
 """A look at a data set: what it prints and draws."""
 
+import doctest
+import os
+import random
+
+import numpy as np
 import pytest
 from PIL import Image
-from small_data import make_images
+from small_data import item, make_images, write_table
 
 import data
 from support import data_report
@@ -24,13 +29,17 @@ def test_inspection_says_it_all(tmp_path, capsys):
         "left out    2\n  1 x the name is not age_gender_race_date.jpg",
         "1 x image cannot be used [needs --skip-bad]",
         f"{names[0]} cannot be read",
-        "duplicates  1 files",
+        "identical   2 files with different labels: at most one label can be right",
+        f"test {tmp_path / names[4]} (7) = train {tmp_path / names[3]} (6)",
+        "2 files in more than one split: take them out of train",
         f"test {tmp_path / names[4]} = train {tmp_path / names[3]}",
-        "4 age, 4 to 7, delta 10",
+        "age       4    4  7    10 ",
         "  4       1 ####",
     ):
         assert expected in text, (expected, text)
     assert Image.open(tmp_path / "sheet.png").width > 800
+    assert f"all of them are in {tmp_path / 'left_out.txt'}" in text
+    assert "Wie alt, 歳? Reply with JSON only" in text
     data.main(["dials", "--out", str(tmp_path / "dials.png")])
     assert "splits      train 2048, val 256, test 512" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"data\.py: .*holds no usable image"):
@@ -43,3 +52,93 @@ def test_histogram_by_hand():
     # 100 different values in 4 bins of 25, the last with 50 more
     lines = data_report.format_histogram([*range(100), *(99 for _ in range(50))], bins=4, width=30).split("\n")
     assert [line.split()[-2:] for line in lines] == [["25", 10 * "#"]] * 3 + [["75", 30 * "#"]]
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(data_report) == (0, 2)
+
+
+def test_constants_in_the_report_earn_what_they_would(tmp_path, capsys):
+    """Labels of train: 1, 1, 1, 5, 9 (delta 8 / 4 = 2). 1 earns 3/5 by R_reg, its MAE is (0 + 0 + 0 + 4 + 8) / 5 = 2.4.
+
+    The median is 1 too. Of the 10 pairs of train 3 are alike, of its 5 choices of 4 none. val has a 1 only.
+    """
+    labels = {"a": 1, "b": 1, "c": 1, "d": 5, "e": 9}
+    rows = [{"path": f"{name}.png", "label": label, "split": "train"} for name, label in labels.items()]
+    make_images(write_table(tmp_path, "csv", [*rows, {"path": "f.png", "label": 1, "split": "val"}]), [f"{n}.png" for n in "abcdef"])  # fmt: skip
+    data.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    text = capsys.readouterr().out
+    line = next(line.split() for line in text.splitlines() if line.startswith("rating"))
+    assert line == ["rating", "6", "1", "9", "2", "1", "0.60", "2.40", "1", "0.60", "2.40", "30", "%", "0", "%", "-"]
+    assert "nearly as much as a good policy: rating 1." in text  # 0.6 > 0.75 * 0.77
+    assert "of the train split" in text
+    data.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--delta", "1"])
+    assert "nearly as much" in capsys.readouterr().out  # 3 of 5 are exactly 1
+    data.main(["dots", "--out", str(tmp_path / "sheet.png")])
+    assert "nearly as much" not in capsys.readouterr().out
+
+
+def test_share_without_pair_against_drawing():
+    labels = [1, 1, 1, 1, 2, 2, 3]
+    rng = random.Random(0)
+    alike = np.mean([len({*rng.sample(labels, 2)}) == 1 for _ in range(20000)])
+    assert data_report.share_without_pair(labels, 2) == pytest.approx(alike, abs=0.015)
+    assert np.isnan(data_report.share_without_pair(labels, 8))
+
+
+def test_all_that_is_left_out_is_in_the_file(tmp_path, capsys):
+    root, out = tmp_path / "set", tmp_path / "sheet.png"
+    make_images(root, [f"{i}/a.png" for i in range(3)] + [f"odd{i}/b.png" for i in range(20)])
+    data.main(["folder", str(root), "--out", str(out)])
+    text = (out.parent / "left_out.txt").read_text()
+    assert all(f"odd{i}/b.png" in text for i in range(20)) and text.startswith("20\n  20 x the label is not")
+    assert "and 17 more" in capsys.readouterr().out
+    for i in range(20):
+        (root / f"odd{i}/b.png").unlink()
+    data.main(["folder", str(root), "--out", str(out)])  # mended: the old list must not stay
+    assert (out.parent / "left_out.txt").read_text() == "0\n"
+
+
+def test_identical_files_with_different_labels_come_first(tmp_path, capsys):
+    """a = b with labels 1 and 2, c = d with equal labels, both within train; e in two splits: 2 files, then 2 files."""
+    make_images(tmp_path, ["train/1/a.png", "train/1/c.png", "train/3/e.png"])
+    for copy, original in (
+        ("train/2/b.png", "train/1/a.png"),
+        ("train/1/d.png", "train/1/c.png"),
+        ("test/3/e.png", "train/3/e.png"),
+    ):
+        (tmp_path / copy).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
+    data.main(["folder", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    text = capsys.readouterr().out
+    first, second = text.index("2 files with different labels"), text.index("2 files in more than one split")
+    assert f"a.png (1) = train {tmp_path / 'train/2/b.png'} (2)" in text[first:second]
+    assert "e.png" in text[second:] and "c.png" not in text
+
+
+def test_names_stand_below_the_images(tmp_path):
+    """The same sheet twice, with names and without: the difference lies in the line below the images."""
+    for name in ("", "some name"):
+        data_report.draw_sheet([data.Sample((item(name, 3),))], tmp_path / f"sheet {name}.png")
+    with_name, without = (np.asarray(Image.open(tmp_path / f"sheet {n}.png"), dtype=int) for n in ("some name", ""))
+    rows = np.nonzero(np.abs(with_name - without).sum((1, 2)))[0]
+    assert len(rows) > 5 and rows.min() >= 10 + 20 + 190 and rows.max() < 10 + 20 + 190 + 20
+
+
+@pytest.mark.parametrize(
+    ("out", "said"), [("x.xyz", "must end in"), ("x", "must end in"), ("no/x.png", "there is no folder"),
+                      ("dir.png", "no regular file"), ("pipe.png", "no regular file")],
+)  # fmt: skip
+def test_where_the_sheet_cannot_be_written_is_said_at_once(tmp_path, out, said, capsys):
+    (tmp_path / "dir.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SystemExit, match=rf"data\.py: --out .*{said}"):
+        data.main(["dots", "--out", str(tmp_path / out)])
+    assert capsys.readouterr().out == ""
+
+
+def test_interrupt_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(data_report, "read_dataset", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as end:
+        data.main(["dots"])
+    assert end.value.code == 130 and capsys.readouterr().err.endswith("data.py: interrupted\n")

@@ -1,6 +1,8 @@
 """Image files of every kind and state: an upright RGB image, or a sentence that names the file."""
 
+import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -120,12 +122,38 @@ def test_postscript_is_never_run(tmp_path):
 def test_duplicates_across_splits_are_found(tmp_path):
     make_images(tmp_path, ["train/1/a.png", "train/1/b.png", "test/2/c.png", "val/2/d.png"])
     (tmp_path / "test/2/copy of a.png").write_bytes((tmp_path / "train/1/a.png").read_bytes())
-    (tmp_path / "train/1/copy of b.png").write_bytes((tmp_path / "train/1/b.png").read_bytes())  # same split: no leak
+    (tmp_path / "train/1/copy of b.png").write_bytes((tmp_path / "train/1/b.png").read_bytes())
     same_size = bytearray((tmp_path / "val/2/d.png").read_bytes())
     same_size[-1] ^= 1
     (tmp_path / "train/1/same size.png").write_bytes(same_size)
-    (group,) = images.identical_files(datasets.read_dataset("folder", tmp_path)[0])
-    assert [(s, p.relative_to(tmp_path).as_posix()) for s, p in group] == [
-        ("test", "test/2/copy of a.png"),
-        ("train", "train/1/a.png"),
+    same = images.identical_files(datasets.read_dataset("folder", tmp_path)[0])
+    shown = [[(split, item.path.relative_to(tmp_path).as_posix()) for split, item in group] for group in same]
+    assert sorted(shown) == [
+        [("test", "test/2/copy of a.png"), ("train", "train/1/a.png")],  # a leak
+        [("train", "train/1/b.png"), ("train", "train/1/copy of b.png")],
     ]
+
+
+def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for name in ("pipe.png", "folder.png", "loop.png"):
+        with pytest.raises(data.DataError, match=f"image file .*{name} is no regular file"):
+            images.open_image(tmp_path / name)
+
+
+def test_interrupted_checking_does_not_read_on(tmp_path, monkeypatch):
+    """2000 images of 5 ms each; Ctrl-C at the first ends the check at once, not when all are read."""
+    items = [data.Item(str(i), 1, None, None, tmp_path / str(i)) for i in range(2000)]
+    opened = []
+    monkeypatch.setattr(images, "open_image", lambda path: opened.append(path) or time.sleep(0.005))
+
+    def interrupted(steps, what, total):
+        yield next(iter(steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(images, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        images.unreadable(items)
+    assert len(opened) < 1000
