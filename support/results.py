@@ -10,6 +10,7 @@ Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of
 
 COLUMNS = {"valid": "valid", "n": "n", "mae": "MAE", "accuracy": "accuracy", "srcc": "SRCC", "plcc": "PLCC",
            "regression": "R_reg", "tau": "tau", "tau_values": "tau_values", "tau_n": "n (tau)"}  # fmt: skip
+ENOUGH = 10  # of fewer values a correlation is luck, and that they are alike may be chance
 OF_ORDER = ("tau", "tau_values", "tau_n")  # one image has no order
 
 
@@ -27,7 +28,10 @@ def results_table(results: Results) -> str:
         lines.append([f"{n} image{'s' * (n > 1)}", *(COLUMNS[key] for key in columns), *empty])
         for name in sorted(results, key=blind):
             if (row := results[name].get(n)) is not None:
-                lines.append([_label(name, row), *(_cell(key, row.get(key)) for key in columns), *empty])
+                known = {key: row.get(key) for key in columns}
+                if n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH:
+                    known |= {"srcc": None, "plcc": None}
+                lines.append([_label(name, row), *(_cell(key, value) for key, value in known.items()), *empty])
     return format_table(lines)
 
 
@@ -42,7 +46,6 @@ def _cell(key: str, value: float | None) -> str:
     return format_number(value)
 
 
-ENOUGH = 10  # fewer values or lists that are alike may be chance
 NEARLY_ALL_VALUES = 0.9
 NEARLY_ALL_ORDERS = 0.95
 FEW_VALID = 0.5

@@ -39,6 +39,17 @@ def test_table_is_aligned_and_shows_what_is_undefined():
         assert lines[5][:end].endswith(cell), "a number stands below its name"
 
 
+def test_a_correlation_of_a_few_values_is_not_shown():
+    def shown(valid, images):
+        return (
+            results_table({"base": {images: row(valid=valid, mae=1.0, srcc=0.87, plcc=0.97)}}).splitlines()[1].split()
+        )
+
+    assert shown(3 / 60, 1)[3:7] == ["1.000", "-", "-", "-"], "three values"
+    assert shown(10 / 60, 1)[3:7] == ["1.000", "-", "0.870", "0.970"]
+    assert shown(3 / 60, 4)[3:7] == ["1.000", "-", "0.870", "0.970"], "twelve values"
+
+
 def test_blind_rows_stand_last_and_say_their_constant():
     samples = {2: [sample(1, 9), sample(9, 1)]}
     blind = evaluation.blind_rows(samples, [item for s in samples[2] for item in s.items])
