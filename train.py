@@ -59,7 +59,7 @@ from support.monitor import Monitor, UpdateMetrics, dead_base
 from support.pictures import draw_predictions
 from support.preflight import load_items, preflight, task_overrides
 from support.results import Results, remarks, results_table
-from support.run_folder import RunFolder, comparable
+from support.run_folder import RunFolder
 from support.saved_task import save_task
 from support.settings import SettingError, Settings, parse_settings
 
@@ -76,7 +76,7 @@ def train_stage(
     """Run one stage of the method, from its first step or from the checkpoint `resume_from`."""
     s, world = learner.settings, learner.world
     optimizer = learner.begin_stage()  # sets the reference too: the policy as it is now, before a checkpoint is loaded
-    first, history = restore(checkpoints, resume_from, learner, optimizer)
+    first, history = checkpoints.restore(resume_from, learner, optimizer)
     with Monitor(folder.path, stage.number, first, stage.steps, world, s) as monitor, stop.deferred():
         for step, samples, prompts in load_steps(stage.sampler, learner.policy, world, first, stage.steps, s.workers):
             for group in optimizer.param_groups:
@@ -95,7 +95,7 @@ def train_stage(
             # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
             if monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
                 monitor.sync()
-                checkpoints.save(stage.number, done, learner, optimizer, state_of(s, done, history))
+                checkpoints.save(stage.number, done, learner, optimizer, history)
             if stopped:
                 raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
 
@@ -356,20 +356,6 @@ def seed_of(*key) -> int:
 # A run
 
 
-def state_of(s: Settings, step: int, history: rmo.History) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and optimiser."""
-    return {"step": step, "history": history, "settings": comparable(s)}
-
-
-def restore(checkpoints: Checkpoints, name: str | None, learner: Learner, optimizer) -> tuple[int, rmo.History]:
-    """Load a checkpoint. -> its step and RMO's history"""
-    if name is None:
-        return 0, {}
-    checkpoints.load(name, learner, optimizer)
-    extra = checkpoints.extra(name)
-    return extra["step"], rmo.merge(extra["history"])
-
-
 def load_start(model: str | Path, s: Settings) -> rarl.Policy:
     """The policy that a stage begins with, with the settings that concern it."""
     policy = rarl.load_policy(model)
@@ -448,15 +434,11 @@ def run(s: Settings, stop: Stop) -> Results:
             report(f"stage {stage.number}")
             if world.main:
                 saved = folder.path / f"stage{stage.number}"
-                write_model_card(saved, f"stage {stage.number}", s, questions_of(train_items), results | blind)
+                write_model_card(saved, f"stage {stage.number}", s, train_items, results | blind)
         if world.main:
             folder.finish(results_table(results | blind), checkpoints)
             print(f"{what_was_learned(results | blind)}\nwrote {folder.path}/")
     return results | blind
-
-
-def questions_of(items: list[data.Item]) -> list[str]:
-    return sorted({item.task.question for item in items})
 
 
 def main(argv: list[str] | None = None) -> None:

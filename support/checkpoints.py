@@ -13,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+import rmo
 from support.atomic_files import replace_folder
 from support.distributed import Learner, World
-from support.settings import SettingError
+from support.settings import SettingError, comparable
 
 
 def write_checksums(folder: Path) -> None:
@@ -61,8 +62,10 @@ class Checkpoints:
         found = self.folder.glob("[12]-[0-9]*") if self.folder.is_dir() else []
         return sorted((p.name for p in found if p.name[2:].isdigit()), reverse=True)  # newest first
 
-    def save(self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, extra: dict) -> None:
-        """Save weights, optimiser and `extra`; drop all but the newest `keep`. Raises SettingError on a full disk."""
+    def save(
+        self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, history: rmo.History
+    ) -> None:
+        """Save weights, optimiser, settings and RMO's history; drop all but the newest `keep`. Raises SettingError on a full disk."""
         name = f"{stage}-{step:07d}"
         beside = self.folder / f"{name}.writing"
         try:
@@ -73,17 +76,22 @@ class Checkpoints:
             model, optim = get_state_dict(learner.policy, optimizer)
             dcp.save({"model": model, "optimizer": optim}, checkpoint_id=beside, no_dist=self.world.size == 1)
             if self.world.main:
+                extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
                 (beside / "extra.json").write_text(json.dumps(extra))
                 write_checksums(beside)
                 replace_folder(beside, self.folder / name)
                 for old in self.names()[self.keep :]:
                     shutil.rmtree(self.folder / old)
         except (OSError, CheckpointException) as error:  # a full disk, a read-only folder
+            free = shutil.disk_usage(self.folder.parent).free  # torch does not say that the disk is full
             shutil.rmtree(beside, ignore_errors=True)
             good = next((f"the last good one is {self.folder / n}" for n in self.names()), "there is none before it")
             failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
             reason = "; ".join(str(cause) for cause, _ in failures)
-            raise SettingError(f"the checkpoint {self.folder / name} could not be written ({reason}); {good}") from None
+            raise SettingError(
+                f"the checkpoint {self.folder / name} could not be written ({reason}; {free / 1e6:,.0f} MB were "
+                f"left on that disk); {good}"
+            ) from None
         self.world.barrier()
 
     def newest(self) -> str | None:
@@ -99,6 +107,14 @@ class Checkpoints:
 
     def extra(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "extra.json").read_text())
+
+    def restore(self, name: str | None, learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[int, rmo.History]:
+        """Load a checkpoint, if there is one to load. -> the step to go on with, and RMO's history"""
+        if name is None:
+            return 0, {}
+        self.load(name, learner, optimizer)
+        extra = self.extra(name)
+        return extra["step"], rmo.merge(extra["history"])
 
     def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
         model, optim = get_state_dict(learner.policy, optimizer)

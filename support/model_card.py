@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from data import Item
 from support.atomic_files import write_text
 from support.results import Results, results_table
 from support.settings import MACHINE, Settings, flag
@@ -39,8 +41,9 @@ def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list
     return [" / ".join(shown(results.get(name, {}).get(n, {}).get(metric)) for n in numbers) for name in names]
 
 
-def write_model_card(folder: Path, name: str, s: Settings, questions: list[str], results: Results) -> None:
-    """README.md in a saved policy's folder.  name: its row in the results  questions: as asked of one image"""
+def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item], results: Results) -> None:
+    """README.md in a saved policy's folder.  name: its row in the results.  items: what it was trained on"""
+    questions = sorted({item.task.question for item in items})
     defaults = Settings()
     changed = {
         f.name: getattr(s, f.name)

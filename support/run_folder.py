@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from support.atomic_files import replace_folder, write_text
 from support.checkpoints import Checkpoints, damage, write_checksums
 from support.distributed import Learner, World
-from support.settings import MACHINE, SettingError, Settings
+from support.settings import SettingError, Settings, comparable
 from support.tables import finite
 
 Results = dict[str, dict[int, dict]]  # row of the table ("base", "stage 1") -> number of images -> metrics
@@ -222,11 +222,6 @@ class RunFolder:
                     kept.append(line)
             if lines:
                 write_text(file, "".join(kept))
-
-
-def comparable(s: Settings) -> dict:
-    """The settings that make a run what it is, without those of the machine."""
-    return {name: value for name, value in dataclasses.asdict(s).items() if name not in MACHINE}
 
 
 def free_name(path: Path) -> Path:

@@ -223,6 +223,11 @@ def resumed_settings(run: Path, typed: dict[str, Any]) -> dict[str, Any]:
     return saved | {name: typed[name] for name in typed.keys() & free} | {"name": run.name, "resume": True}
 
 
+def comparable(s: Settings) -> dict:
+    """The settings that make a run what it is, without those of the machine."""
+    return {name: value for name, value in dataclasses.asdict(s).items() if name not in MACHINE}
+
+
 def check_name(name: str) -> None:
     if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > 200:
         raise SettingError(f"--name {name[:80]!r} must be a plain folder name")

@@ -20,7 +20,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(policy, tmp
     optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.1)
     checkpoints = Checkpoints(tmp_path, CPU, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(1, step, learner, optimizer, {"step": step})
+        checkpoints.save(1, step, learner, optimizer, {})
     assert checkpoints.names() == ["1-0000003", "1-0000002"]
 
     def full(*args, **kwargs):
@@ -30,7 +30,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(policy, tmp
 
     monkeypatch.setattr(checkpoints_file.dcp, "save", full)
     with pytest.raises(SettingError, match="No space left.*last good one is .*1-0000003"):
-        checkpoints.save(1, 4, learner, optimizer, {"step": 4})
+        checkpoints.save(1, 4, learner, optimizer, {})
     assert checkpoints.names() == ["1-0000003", "1-0000002"] and checkpoints.newest() == "1-0000003"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1-0000002", "1-0000003"]  # no rubbish left
 
@@ -41,7 +41,7 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=0.1, weight_decay=0.0)
     make_optimizer_state(learner.policy, optimizer)
     checkpoints = Checkpoints(tmp_path, CPU, keep=1)
-    checkpoints.save(1, 0, learner, optimizer, {"step": 0})
+    checkpoints.save(1, 0, learner, optimizer, {})
     weight = learner.policy.model.model.language_model.norm.weight
     before = weight.detach().clone()
     for p in learner.policy.parameters():
@@ -49,7 +49,7 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     optimizer.step()
     torch.testing.assert_close(before - weight, torch.full_like(weight, 0.1), atol=1e-5, rtol=0)
     saved = copy.deepcopy(learner.policy.state_dict())
-    checkpoints.save(1, 1, learner, optimizer, {"step": 1})
+    checkpoints.save(1, 1, learner, optimizer, {})
     optimizer.step()
     checkpoints.load("1-0000001", learner, optimizer)
     assert all(torch.equal(saved[k], v) for k, v in learner.policy.state_dict().items())

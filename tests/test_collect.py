@@ -11,7 +11,6 @@ import data
 import grpo
 import rarl
 import reward
-import rmo
 import train
 from support.distributed import Learner, World, micro_batches
 from support.settings import Settings

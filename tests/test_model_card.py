@@ -3,6 +3,7 @@
 import json
 import math
 
+import data
 from support.model_card import what_was_learned, write_model_card
 from support.settings import Settings
 
@@ -10,8 +11,11 @@ RESULTS = {
     "base": {1: {"n": 9, "valid": 1.0, "mae": 3.0}, 2: {"n": 9, "valid": 1.0, "mae": 3.5, "tau": 0.1}},
     "stage 1": {1: {"n": 9, "valid": 1.0, "mae": 1.0}, 2: {"n": 9, "valid": 1.0, "mae": 2.0, "tau": math.nan}},
     "stage 2": {1: {"n": 9, "valid": 1.0, "mae": 0.5}, 2: {"n": 9, "valid": 1.0, "mae": 0.75, "tau": 0.9}},
-    "best constant by MAE": {1: {"mae": 5.0, "constant": 10.0}, 2: {"mae": 5.25, "constant": 10.0}},
-    "prompt order": {2: {"tau": -0.02}},
+    "best constant by MAE": {
+        1: {"n": 9, "valid": 1.0, "mae": 5.0, "constant": 10.0},
+        2: {"n": 9, "valid": 1.0, "mae": 5.25},
+    },
+    "prompt order": {2: {"n": 9, "valid": 1.0, "tau": -0.02}},
 }
 
 
@@ -26,9 +30,9 @@ def test_two_sentences_by_hand():
 
 
 def test_card_says_task_results_and_settings(tmp_path):
-    write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), ["How many?"], RESULTS)
+    write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), data.load_dataset("dots"), RESULTS)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("---\n") and "base_model: tiny" in text and "> How many?" in text
+    assert text.startswith("---\n") and "base_model: tiny" in text and "> How many dots are in the image?" in text
     assert "    --seed 5\n    --images 2" in text or "    --images 2\n" in text and "    --seed 5" in text
     assert "stage 1" in text and "stage 2" not in text and "best constant by MAE" in text
     assert json.dumps({"image_id": 2, "value": 17}) in text

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 2 --workers 0"
+TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 2 --workers 0 --watch-every 0"
 SMALL = {  # what makes a command short, added at its end
     "train": TRAIN,
     "eval": "--samples 2",
-    "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1",
+    "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1 --values 1 2",
     "experiments.ablate": f"--seeds 0 -- {TRAIN}",
     "experiments.make_tiny": "--eyes-steps 1 --mouth-steps 1 1",
 }
@@ -74,6 +75,7 @@ class Command:
 
 def commands():
     lines = re.findall(r"^    ((?:.*&& )?(?:python|torchrun) .*(?:\\\n.*)*)$", README + EXPERIMENTS, re.M)
+    lines = list(dict.fromkeys(lines))  # each once
     return [Command(line) for line in lines if not any(tool in line.split("&& ")[-1] for tool in TOOLS)]
 
 
@@ -99,14 +101,24 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
     from experiments import ablate
 
     monkeypatch.chdir(tmp_path)
-    # Within an ablation too. That it starts processes and waits for them is tested in test_ablate.py.
-    monkeypatch.setattr(ablate.Trainer, "train_unless_done", lambda self, run: train.main(run.arguments))
+    # An ablation trains its first run here, and the others are copies: that their settings are sound is checked before
+    # any of them starts, and that it starts processes and waits for them is tested in test_ablate.py.
+    trained = []
+
+    def train_first(self, run):
+        if trained:
+            shutil.copytree(trained[0], run.folder)
+        else:
+            train.main(run.arguments)
+            trained.append(run.folder)
+
+    monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
     runnable = [command for command in commands() if command.here]
     assert {"train", "eval", "experiments.bench", "experiments.ablate"} <= {command.module for command in runnable}
     apart = set()
     for command in runnable:
         kind = (command.module, command.torchrun)
-        if kind in {("train", False), ("train", True), ("eval", False), ("experiments.bench", False)} - apart:
+        if kind in {("train", False), ("train", True), ("experiments.bench", False)} - apart:
             apart.add(kind)
             command.run_apart(tmp_path)
         else:
