@@ -56,6 +56,7 @@ from support.tables import finite, format_table, mean
 # --- metrics: plain functions of two equally long lists of numbers, M = number of (value, label) pairs ------
 
 Numbers = Sequence[float] | np.ndarray
+Samples = Sequence[data.Sample]
 
 
 def _pair(values: Numbers, labels: Numbers) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +177,7 @@ def summarize(predictions: Sequence[dict]) -> dict[str, float]:
 
 def evaluate(
     policy: rarl.Policy,
-    samples: Sequence[data.Sample],
+    samples: Samples,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     progress: str | None = None,
@@ -208,11 +209,7 @@ def evaluate(
 
 
 def ask(
-    policy: rarl.Policy,
-    samples: Sequence[data.Sample],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: str | None = None,
+    policy: rarl.Policy, samples: Samples, batch_size: int, max_new_tokens: int, progress: str | None = None
 ) -> list[dict]:
     """Greedy answers to all samples, as predictions (see `evaluate`) in the order of the samples."""
     texts = answer_greedily(policy, samples, batch_size, max_new_tokens, progress)
@@ -221,11 +218,7 @@ def ask(
 
 @torch.no_grad()
 def answer_greedily(
-    policy: rarl.Policy,
-    samples: Sequence[data.Sample],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: str | None = None,
+    policy: rarl.Policy, samples: Samples, batch_size: int, max_new_tokens: int, progress: str | None = None
 ) -> list[str]:
     """Greedy answers to all samples, as text, in the order of the samples. They need no labels."""
     # Prompts of like length share a batch: beside an 8-image prompt a 1-image one is mostly padding.
@@ -249,9 +242,8 @@ def asker(policy: rarl.Policy, batch_size: int, progress: bool = False) -> ranki
         # Nobody knows the labels, so room is left for five digits and the task's decimals.
         longest = data.Sample(tuple(replace(item, label=99999.0) for item in samples[0].items))
         room = data.max_answer_tokens(policy, [longest])
-        return answer_greedily(
-            policy, samples, batch_size, room, f"{len(longest.items)} in a prompt" if progress else None
-        )
+        name = f"{len(longest.items)} in a prompt" if progress else None
+        return answer_greedily(policy, samples, batch_size, room, name)
 
     return answers
 
@@ -260,7 +252,7 @@ def judge(sample: data.Sample, text: str) -> dict:
     """One answer as a prediction (see `evaluate`). The text is parsed here, once."""
     known = lambda tau: None if math.isnan(tau) else tau
     score = reward.compute_reward(text, sample.labels, sample.task.delta)
-    prediction = {
+    prediction: dict = {
         "items": [item.name for item in sample.items],
         "task": sample.task.name,
         "decimals": sample.task.decimals,
@@ -274,14 +266,10 @@ def judge(sample: data.Sample, text: str) -> dict:
         "tau_values": None,
     }
     if score.answer is not None:
-        order = [image_id for image_id, _ in score.answer]
-        values = [float(value) for _, value in sorted(score.answer)]
-        prediction |= {
-            "order": order,
-            "values": values,
-            "tau": known(reward.kendall_tau(order, sample.labels)),
-            "tau_values": known(tau_of_values(values, sample.labels)),
-        }
+        prediction["order"] = [image_id for image_id, _ in score.answer]
+        prediction["values"] = [float(value) for _, value in sorted(score.answer)]
+        prediction["tau"] = known(reward.kendall_tau(prediction["order"], sample.labels))
+        prediction["tau_values"] = known(tau_of_values(prediction["values"], sample.labels))
     return prediction
 
 
@@ -311,10 +299,9 @@ def blind_rows(
     rows["prompt order"] = {}
     for n, few in samples.items():
         if n > 1:
-            row = _blind_metrics(few, {task.name: 0.0 for task in tasks}) | {"constant": math.nan}
-            rows["prompt order"][n] = {
-                k: v if k in ("n", "valid", "tau", "tau_n") else math.nan for k, v in row.items()
-            }
+            row = _blind_metrics(few, {task.name: 0.0 for task in tasks})
+            known = {key: row[key] for key in ("n", "valid", "tau", "tau_n")}
+            rows["prompt order"][n] = dict.fromkeys([*row, "constant"], math.nan) | known
     return rows
 
 
@@ -408,10 +395,8 @@ def _rank(args: argparse.Namespace) -> None:
     print(json.dumps(rows) if args.json else format_table(ranking.ranking_table(rows), left=(2,)))
     write_predictions(rows, out / "ranking.jsonl")
     draw_ranking(items, ranked, out / "ranking.png")
-    for remark in [*(f"left out: {problem}" for problem in bad), *ranking.ranking_remarks(ranked)]:
+    for remark in ranking.ranking_remarks(ranked, bad):
         _say(remark)
-    if bad:
-        _say(f"left out {len(bad)} of {len(items) + len(bad)} images")
     _say(f"wrote {out / 'ranking.jsonl'} and {out / 'ranking.png'}")
 
 

@@ -232,10 +232,13 @@ def ranking_table(rows: list[dict]) -> list[list[str]]:
     return [["rank", "value", "file"], *([str(row["rank"]), value(row), row["file"]] for row in rows)]
 
 
-def ranking_remarks(ranking: Ranking) -> list[str]:
-    """What a reader of the ranking has to know: answers that were not valid, values that are all or nearly all alike."""
+def ranking_remarks(ranking: Ranking, bad: Sequence[str] = ()) -> list[str]:
+    """What a reader of the ranking has to know: images that are not in it, answers that were not valid, values that are
+    all or nearly all alike.  bad: what `load_images` left out"""
     n, missing = len(ranking.order), ranking.values.count(None)
-    said = []
+    said = [f"left out: {problem}" for problem in bad]
+    if bad:
+        said.append(f"left out {len(bad)} of {n + len(bad)} images")
     if missing:
         said.append(
             f"{missing} of {n} images have no value, as the answer was not valid: the windows place them, or the middle"
