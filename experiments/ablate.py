@@ -69,6 +69,10 @@ class Run:
     settings: dict
 
     @property
+    def steps(self) -> int:
+        return sum(self.settings[f"steps{stage}"] for stage in (1, 2) if self.settings["stage"] in (None, stage))
+
+    @property
     def folder(self) -> Path:
         return Path("runs") / self.name
 
@@ -134,8 +138,11 @@ class Trainer:
                 process.terminate()  # of a process that has ended, nothing
 
 
-def read_run(folder: Path) -> dict[str, float]:
-    """What a table row shows of one run: held-out metrics of the final policy, and means over the steps of training."""
+def read_run(folder: Path, steps: int) -> dict[str, float]:
+    """What a table row shows of one run: held-out metrics of the final policy, and means over its `steps` of training.
+
+    Raises CommandError for files that are damaged.
+    """
     file = folder / "results.json"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -144,10 +151,12 @@ def read_run(folder: Path) -> dict[str, float]:
         row = {"valid": min(nan(r["valid"]) for r in final.values()), "MAE@1": nan(final["1"]["mae"])}
         row |= {f"tau@{n}": nan(r["tau"]) for n, r in final.items() if n != "1"}
         file = folder / "metrics.jsonl"
-        steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if len({(log["stage"], log["step"]) for log in logs}) != steps:
+            raise ValueError(f"it should have {steps} steps")
         means = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread", "mutated": "mutated"}  # fmt: skip
-        return row | {title: mean(step.get(key) for step in steps) for title, key in means.items()}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return row | {title: mean(log.get(key) for log in logs) for title, key in means.items()}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CommandError(f"{file} is damaged ({reason}): delete {folder}, and it is trained again") from None
 
@@ -234,7 +243,7 @@ def ablate(argv: list[str]) -> None:
     check_writable(Path(f"runs/ablate-{experiments[0]}.txt"), "runs/")
     for experiment in experiments:
         Trainer().train_all([run for (e, _), of in runs.items() if e == experiment for run in of], args.jobs)
-        rows = {v: [read_run(run.folder) for run in of] for (e, v), of in runs.items() if e == experiment}
+        rows = {v: [read_run(run.folder, run.steps) for run in of] for (e, v), of in runs.items() if e == experiment}
         text = format_table([[row[0], *(f" {c}" for c in row[1:])] for row in table_rows(rows)])
         seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
         print(f"\n{experiment}, {seeds}: mean (lowest to highest)\n\n{text}", flush=True)

@@ -233,6 +233,8 @@ def make(argv: list[str] | None) -> None:
         raise CommandError("--eyes-steps and --mouth-steps must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
+    if not args.out:
+        raise CommandError("--out must name a folder")
     check_writable(Path(args.out) / "config.json", "--out")
     policy = build_policy(args.seed)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")

@@ -37,27 +37,31 @@ def finished_run(folder):
         "best constant": blind,
     }
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text('{"entropy": 1.0, "mutated": 0.5}\n{"entropy": null, "mutated": 0.0}\n')
+    logs = [
+        {"stage": 1, "step": 1, "entropy": 1.0, "mutated": 0.5},
+        {"stage": 2, "step": 1, "entropy": None, "mutated": 0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
 
 
 def test_a_row_is_read_from_the_last_stage_and_the_steps(tmp_path):
     finished_run(tmp_path / "run")
-    row = ablate.read_run(tmp_path / "run")
+    row = ablate.read_run(tmp_path / "run", steps=2)
     known = {name: value for name, value in row.items() if not math.isnan(value)}
     assert known == {"valid": 0.25, "MAE@1": 2.0, "tau@2": 0.5, "entropy": 1.0, "mutated": 0.25}
     assert set(row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
 
 
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"x"', "1\n"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '"x"', "1\n", '{"stage": 1, "step": 1}\n'])
 def test_a_damaged_run_is_named(tmp_path, name, content):
     finished_run(tmp_path / "run")
-    (tmp_path / "run" / name).write_text(content)
-    if (name, content) in {("metrics.jsonl", ""), ("metrics.jsonl", "{}")}:
-        assert math.isnan(ablate.read_run(tmp_path / "run")["entropy"])  # no step is known, and none is damaged
+    if content is None:
+        (tmp_path / "run" / name).unlink()
     else:
-        with pytest.raises(CommandError, match=f"{name} is damaged .* delete"):
-            ablate.read_run(tmp_path / "run")
+        (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(CommandError, match=f"{name} is damaged .* delete"):
+        ablate.read_run(tmp_path / "run", steps=2)
 
 
 def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(tmp_path, monkeypatch):
