@@ -147,6 +147,8 @@ def load_policy(
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
             raise ValueError("its patches are not those of config.json")
+        if torch.tensor([processor.image_mean, processor.image_std]).shape != (2, 3):
+            raise ValueError("its image_mean and image_std are not three numbers each")
         what = "read its weights (model.safetensors, generation_config.json)"
         options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
         loaded: Any = Backbone.from_pretrained(path, dtype=dtype, **options)

@@ -379,6 +379,8 @@ DAMAGES = [
     ("preprocessor_config.json", MISSING, "preprocessor_config.json"),
     ("preprocessor_config.json", lambda file: file.write_text("[]"), "preprocessor_config.json"),
     ("preprocessor_config.json", edited(patch_size=16), "patches"),
+    ("preprocessor_config.json", edited(image_mean="x"), "preprocessor_config.json"),
+    ("preprocessor_config.json", edited(image_std=[0.5]), "preprocessor_config.json"),
     ("model.safetensors", MISSING, "model.safetensors"),
     ("model.safetensors", truncated, "model.safetensors"),
     ("model.safetensors", reweighted(lambda w, name: w.pop(name)), "up_proj.weight is missing"),
