@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports below is one line
+    import support.quiet_end  # noqa: F401
+
 import numpy as np
 import torch
 from PIL import Image

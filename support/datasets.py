@@ -65,7 +65,11 @@ def read_dataset(
     chosen, left_out = _check_and_split(rows, folder, listed, skip_bad)
     if listed and not any(name in listed for row in rows for name in row.known_as()):
         raise DataError(f"no image of {root} is in its train.txt, val.txt or test.txt: they hold one name or id a line")
-    return _make_items(chosen, READERS[name][1], overrides), left_out
+    try:
+        return _make_items(chosen, READERS[name][1], overrides), left_out
+    except DataError as error:  # labels that make no task, perhaps because most rows were bad
+        more = f" ({len(left_out)} left out, first {left_out[0].where}: {left_out[0].why})" if left_out else ""
+        raise DataError(f"{error}{more}") from None
 
 
 def _drawn_splits(name: str, overrides: dict) -> dict[str, list[Item]]:

@@ -172,7 +172,7 @@ def read_ava(root: Path, folder: Path) -> Iterator[Row]:
     15 columns: index, image id, number of votes for each score from 1 to 10, two tags, challenge.
     """
     file = root / "AVA.txt"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise DataError(f"{file} does not exist: point --data-root at the folder with AVA.txt and images/")
     folders = [f for f in (root / "images", root / "image", root) if f.is_dir()]
     for number, line in enumerate(read_text(file).splitlines(), start=1):
@@ -189,7 +189,7 @@ def _table(root: Path, ending: str) -> Path:
     """The one file of that ending in a folder, or the file itself."""
     if root.is_file():
         return root
-    files = sorted(root.glob(f"*{ending}"))
+    files = sorted(root / name for name in os.listdir(root) if name.endswith(ending))  # glob hides a lack of permission
     if len(files) != 1 and (root / f"labels{ending}") not in files:
         raise DataError(f"{root} holds {len(files)} {ending} files: point --data-root at the one to read")
     return files[0] if len(files) == 1 else root / f"labels{ending}"
