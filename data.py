@@ -202,7 +202,7 @@ class Sampler:
     balance  draw labels evenly (`even_weights`). None: where the items come from files. Labels of real data are skewed,
              and then the best constant answer earns about as much as a good policy, so that training finds the
              constant: on dots whose labels are geometric, 0.71 against 0.77 of R_reg; drawn evenly, 0.42 against 0.77.
-             A smaller delta does not mend it, as the mode stays the best constant. The drawn sets are even already.
+             A smaller delta helps too, but the mode stays the best constant. The drawn sets are even already.
     """
 
     def __init__(
