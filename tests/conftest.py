@@ -31,3 +31,32 @@ def policy_folder(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy") / "model"
     rarl.save_policy(policy, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A short run of both stages on the embedded policy, never interrupted. -> its folder, what it printed"""
+    import contextlib
+    import io
+    import os
+
+    from runs import train_here
+
+    folder, here, printed = tmp_path_factory.mktemp("finished"), os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed):
+            train_here()
+    finally:
+        os.chdir(here)
+    return folder / "runs" / "rarl", printed.getvalue()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """As in the tests' other processes (OMP_NUM_THREADS=1): other numbers of threads round differently."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
