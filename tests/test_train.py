@@ -159,6 +159,7 @@ def test_bad_steps_stop_the_run_and_leave_the_last_sound_checkpoint(tmp_path, mo
 def test_ctrl_c_while_the_program_starts_is_one_line(tmp_path):
     process = subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ)
     maps, end = Path(f"/proc/{process.pid}/maps"), time.time() + 120
+    time.sleep(0.5)  # the fork has become the program
     while "libtorch" not in maps.read_text() and time.time() < end:  # torch is being imported
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
