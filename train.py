@@ -57,11 +57,12 @@ from support.loader import load_steps
 from support.model_card import what_was_learned, write_model_card
 from support.monitor import Monitor, UpdateMetrics, dead_base
 from support.pictures import draw_predictions
-from support.preflight import load_items, preflight, task_overrides
+from support.preflight import load_items, preflight, task_overrides, validation_prompts
 from support.results import Results, remarks, results_table
 from support.run_folder import RunFolder
 from support.saved_task import save_task
 from support.settings import SettingError, Settings, parse_settings
+from support.tables import mean
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,28 +77,38 @@ def train_stage(
     """Run one stage of the method, from its first step or from the checkpoint `resume_from`."""
     s, world = learner.settings, learner.world
     optimizer = learner.begin_stage()  # sets the reference too: the policy as it is now, before a checkpoint is loaded
-    first, history = checkpoints.restore(resume_from, learner, optimizer)
-    with Monitor(folder.path, stage.number, first, stage.steps, world, s) as monitor, stop.deferred():
+    first, history, best = checkpoints.restore(resume_from, learner, optimizer)
+    base = folder.read_results().get("base", {})
+    with Monitor(folder.path, stage.number, first, stage.steps, world, s, base) as monitor, stop.deferred():
         for step, samples, prompts in load_steps(stage.sampler, learner.policy, world, first, stage.steps, s.workers):
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * learning_rate(step, stage.steps, s.warmup)
             learner.prepare(prompts)
+            learner.clock.lap("data")
 
             batch = collect(learner, stage, step, samples, prompts, history)  # rollout, reward, mutate, advantage
             metrics = update(learner, optimizer, batch)  # loss, step
+            learner.clock.lap("update")
             learner.sync_rollout_policy()
+            learner.clock.lap("sync")
 
             if s.rmo_source == "history":
                 history = rmo.merge(history, *world.gather(remembered(batch)))
-            monitor.log(step, batch, metrics, stage.weights.max_reward(len(samples[0].items)))
-            stopped = max(world.gather(stop.signal))
+            monitor.log(step, batch, metrics, stage.weights.max_reward(len(samples[0].items)), learner.clock.take())
             done = step + 1
+            if stage.validation and (done == stage.steps or done % s.validate_every == 0):
+                share, rows = validate(learner, stage)
+                best.offer(share, done, learner.policy)
+                monitor.log_validation(step, share, rows)
+            stopped = max(world.gather(stop.signal))
             # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
             if monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
                 monitor.sync()
-                checkpoints.save(stage.number, done, learner, optimizer, history)
+                checkpoints.save(stage.number, done, learner, optimizer, history, best)
             if stopped:
                 raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
+            learner.clock.lap("other")  # what is between two steps
+    best.give_back(learner)
 
 
 def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts: list, history: rmo.History) -> "Batch":
@@ -110,6 +121,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
 
     # rollout: G answers to each prompt
     rollout, texts = sample_answers(learner, stage, prompts, keys)
+    learner.clock.lap("rollout")
 
     # reward
     rewards = [stage.reward(text, sample) for text, sample in zip(texts, sample_of, strict=True)]  # N
@@ -126,6 +138,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
     advantages = grpo.group_advantages(totals).float()  # (B, G)
 
     answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
+    learner.clock.lap("reward")
     return Batch(
         prompts, answers.ids, answers.mask, answers.logp, torch.tensor(mutated), advantages,
         samples=samples, texts=texts, rewards=rewards, scored=scored, sampled_tokens=rollout.mask.sum(1),
@@ -215,19 +228,29 @@ class Stage:
     sampler: data.Sampler
     weights: RewardWeights
     max_new_tokens: int  # the longest answer
+    validation: dict[int, list[data.Sample]] = dataclasses.field(default_factory=dict)  # number of images -> prompts
 
     def reward(self, text: str, sample: data.Sample) -> reward.Reward:
         return reward.compute_reward(text, sample.labels, sample.task.delta, **dataclasses.asdict(self.weights))
 
 
-def make_stage(number: int, policy: rarl.Policy, items: list[data.Item], s: Settings, show: bool = False) -> Stage:
-    """A stage from the settings and the training items. Every prompt of it is checked first (`preflight`)."""
+def make_stage(
+    number: int,
+    policy: rarl.Policy,
+    items: list[data.Item],
+    val_items: list[data.Item],
+    s: Settings,
+    show: bool = False,
+) -> Stage:
+    """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
     steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
     weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
     sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number))
     every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
     samples = [sample for step in every_step for sample in sampler.batch(step)]
-    stage = Stage(number, steps, sampler, weights, s.max_new_tokens or data.max_answer_tokens(policy, samples))
+    length = s.max_new_tokens or data.max_answer_tokens(policy, samples)
+    validation = validation_prompts(val_items, num_images, s.val_samples)
+    stage = Stage(number, steps, sampler, weights, length, validation)
     preflight(policy, samples, stage)
     return stage
 
@@ -366,22 +389,40 @@ def load_start(model: str | Path, s: Settings) -> rarl.Policy:
     return policy
 
 
-def evaluate_everywhere(
-    learner: Learner, samples: dict[int, list[data.Sample]], name: str, folder: RunFolder
-) -> dict[int, dict]:
-    """The policy on held-out prompts, shared among the ranks.  samples: number of images -> prompts.  -> metrics of each"""
+def ask_everywhere(learner: Learner, samples: dict[int, list[data.Sample]], name: str = "") -> dict[int, list[dict]]:
+    """Number of images -> the policy's greedy answers to these prompts, which are shared among the ranks."""
     s, world, policy = learner.settings, learner.world, learner.rollout_policy
-    rows: dict[int, dict] = {}
-    predictions: list[dict] = []
+    predictions: dict[int, list[dict]] = {}
     for n, few in samples.items():
-        progress = f"{name}, {n} image{'s' * (n > 1)}" if world.main else None
+        progress = f"{name}, {n} image{'s' * (n > 1)}" if name and world.main else None
         mine = few[world.rank :: world.size]
         length = data.max_answer_tokens(policy, few)
         parts = world.gather(evaluation.ask(policy, mine, s.eval_batch_size, length, progress))
-        answers = [parts[i % world.size][i // world.size] for i in range(len(few))]
-        rows[n] = evaluation.summarize(answers)
-        predictions += answers
-    if world.main:
+        predictions[n] = [parts[i % world.size][i // world.size] for i in range(len(few))]
+    return predictions
+
+
+def validate(learner: Learner, stage: Stage) -> tuple[float, dict[int, dict]]:
+    """The policy on the stage's validation prompts.
+
+    -> share of the best possible R_final, averaged over the numbers of images; for each number its own share ("reward")
+    and the metrics of eval.py
+    """
+    rows = {}
+    for n, answers in ask_everywhere(learner, stage.validation).items():
+        earned = [stage.reward(p["text"], sample).total for p, sample in zip(answers, stage.validation[n], strict=True)]
+        rows[n] = {"reward": mean(earned) / stage.weights.max_reward(n)} | evaluation.summarize(answers)
+    return mean(row["reward"] for row in rows.values()), rows
+
+
+def evaluate_everywhere(
+    learner: Learner, samples: dict[int, list[data.Sample]], name: str, folder: RunFolder
+) -> dict[int, dict]:
+    """The policy on test prompts, with everything that is written about it.  -> number of images -> metrics"""
+    answers = ask_everywhere(learner, samples, name)
+    rows = {n: evaluation.summarize(some) for n, some in answers.items()}
+    predictions = [p for some in answers.values() for p in some]
+    if learner.world.main:
         evaluation.write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
         draw_predictions([x for few in samples.values() for x in few], predictions, folder.path / "predictions.png")
         warnings = [f"{name}: {remark}" for remark in remarks(predictions)]
@@ -405,11 +446,11 @@ def run(s: Settings, stop: Stop) -> Results:
                 checkpoints.remove()
             return folder.read_results()
         start = folder.find_start(s, checkpoints, HERE / "tiny" if s.model == "tiny" else s.model)
-        train_items, test_items = load_items(s, world)
+        train_items, test_items, val_items = load_items(s, world)
         policy = load_start(start.model, s)
         steps = {1: s.steps1, 2: s.steps2}
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
-        stages = [make_stage(number, policy, train_items, s, show=world.main) for number in numbers]
+        stages = [make_stage(number, policy, train_items, val_items, s, show=world.main) for number in numbers]
         results = world.gather(folder.open(s, start, checkpoints) if world.main else None)[0]
         tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
         blind = evaluation.blind_rows(tests, train_items)

@@ -1,6 +1,10 @@
-"""Checkpoints of a run: weights and optimiser of all ranks by torch.distributed.checkpoint, written whole or not at all."""
+"""Checkpoints of a run: weights and optimiser of all ranks by torch.distributed.checkpoint, written whole or not at all.
+
+And the best policy of a stage, which goes into them.
+"""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
+import rarl
 import rmo
 from support.atomic_files import replace_folder
 from support.distributed import Learner, World
@@ -48,6 +55,36 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+class Best:
+    """The policy of a stage that earned most on the validation prompts so far. Empty if there is no validation.
+
+    weights  copies of the parameters that are trained, on the CPU; of several processes each has its own shards
+    """
+
+    def __init__(self, reward: float = -math.inf, step: int = 0, weights: dict[str, Tensor] | None = None):
+        self.reward, self.step, self.weights = reward, step, weights or {}
+
+    def offer(self, reward: float, step: int, policy: rarl.Policy) -> None:
+        """Keep the policy as it is now if none earned more; of two that earn the same, the later has learned more."""
+        if reward >= self.reward:
+            self.reward, self.step, self.weights = reward, step, trained_weights(policy)
+
+    @torch.no_grad()
+    def give_back(self, learner: Learner) -> None:
+        """The learner's policy becomes the best one, if there is one."""
+        local = lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, parameter in learner.policy.named_parameters():
+            if name in self.weights:
+                local(parameter).copy_(local(self.weights[name]))
+        learner.sync_rollout_policy()
+        if self.weights and learner.world.main:
+            print(f"the stage ends with its policy after step {self.step}, the best in validation", file=sys.stderr)
+
+
+def trained_weights(policy: rarl.Policy) -> dict[str, Tensor]:
+    return {name: p.detach().clone().cpu() for name, p in policy.named_parameters() if p.requires_grad}
+
+
 class Checkpoints:
     """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
 
@@ -63,9 +100,14 @@ class Checkpoints:
         return sorted((p.name for p in found if p.name[2:].isdigit()), reverse=True)  # newest first
 
     def save(
-        self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, history: rmo.History
-    ) -> None:
-        """Save weights, optimiser, settings and RMO's history; drop all but the newest `keep`. Raises SettingError on a full disk."""
+        self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, history: rmo.History,
+        best: Best | None = None,
+    ) -> None:  # fmt: skip
+        """Save weights, optimiser, settings, RMO's history and the best policy; drop all but the newest `keep`.
+
+        Raises SettingError on a full disk.
+        """
+        best = best or Best()
         name = f"{stage}-{step:07d}"
         beside = self.folder / f"{name}.writing"
         try:
@@ -74,9 +116,11 @@ class Checkpoints:
                 beside.mkdir(parents=True)
             self.world.barrier()
             model, optim = get_state_dict(learner.policy, optimizer)
-            dcp.save({"model": model, "optimizer": optim}, checkpoint_id=beside, no_dist=self.world.size == 1)
+            state = {"model": model, "optimizer": optim, "best": best.weights}
+            dcp.save(state, checkpoint_id=beside, no_dist=self.world.size == 1)
             if self.world.main:
                 extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
+                extra["best"] = {"reward": best.reward, "step": best.step} if best.weights else None
                 (beside / "extra.json").write_text(json.dumps(extra))
                 write_checksums(beside)
                 replace_folder(beside, self.folder / name)
@@ -108,17 +152,21 @@ class Checkpoints:
     def extra(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "extra.json").read_text())
 
-    def restore(self, name: str | None, learner: Learner, optimizer: torch.optim.Optimizer) -> tuple[int, rmo.History]:
-        """Load a checkpoint, if there is one to load. -> the step to go on with, and RMO's history"""
+    def restore(
+        self, name: str | None, learner: Learner, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, rmo.History, Best]:
+        """Load a checkpoint, if there is one to load. -> the step to go on with, RMO's history, the best policy"""
         if name is None:
-            return 0, {}
-        self.load(name, learner, optimizer)
+            return 0, {}, Best()
         extra = self.extra(name)
-        return extra["step"], rmo.merge(extra["history"])
+        best = Best(**extra["best"], weights=trained_weights(learner.policy)) if extra["best"] else Best()
+        self.load(name, learner, optimizer, best)
+        return extra["step"], rmo.merge(extra["history"]), best
 
-    def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer, best: Best | None = None) -> None:
+        """Read weights and optimiser, and the best policy into the tensors that `best` has."""
         model, optim = get_state_dict(learner.policy, optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optim}
+        state: dict[str, Any] = {"model": model, "optimizer": optim, "best": best.weights if best else {}}
         dcp.load(state, checkpoint_id=self.folder / name, no_dist=self.world.size == 1)
         set_state_dict(learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         learner.sync_rollout_policy()

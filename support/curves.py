@@ -1,9 +1,9 @@
-"""What training did, as curves: reward and its parts for each number of images, errors, entropy, KL, groups without spread.
+"""What training did, as curves: reward and its parts for each number of images, validation, entropy, KL, where time goes.
 
     python -m support.curves runs/rarl                         # writes runs/rarl/curves.png, as training does
     python -m support.curves runs/a runs/b --out both.png      # several runs in one picture
 
-It reads metrics.jsonl and timing.jsonl. matplotlib draws.
+It reads metrics.jsonl, timing.jsonl and validation.jsonl. matplotlib draws.
 """
 
 import argparse
@@ -11,20 +11,33 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from support.tables import mean
 
-# Panels: title, and the metrics in it. Those of the first row are drawn for each number of images apart.
-BY_IMAGES = {
-    "reward": "reward (sum)",
-    "regression": "R_reg",
-    "ranking": "R_rank",
-    "format": "R_format",
-    "mae": "error of sampled values",
-}
-OVER_ALL = {"entropy": "entropy (nats per token)", "kl": "KL to the stage's start", "zero_spread": "groups without spread",
-            "mutated": "mutated answers", "grad_norm": "gradient norm", "seconds": "seconds per step"}  # fmt: skip
+SHARE, FROM_0 = (-0.03, 1.03), (0, None)  # limits of the y axis
+# kind, metric, title, limits. Sampled answers and validation are drawn for each number of images apart.
+PANELS = [
+    ("sampled", "reward", "sampled: reward", FROM_0),
+    ("sampled", "regression", "sampled: R_reg", SHARE),
+    ("sampled", "ranking", "sampled: R_rank = (1 + tau) / 2", SHARE),
+    ("sampled", "format", "sampled: R_format", SHARE),
+    ("sampled", "mae", "sampled: MAE", FROM_0),
+    ("validation", "reward", "validation: share of the best reward", SHARE),
+    ("validation", "mae", "validation: MAE", FROM_0),
+    ("validation", "tau", "validation: tau", (-1.05, 1.05)),
+    ("validation", "valid", "validation: valid answers", SHARE),
+    ("timing", "seconds", "seconds per step", FROM_0),
+    ("step", "entropy", "entropy (nats per token)", FROM_0),
+    ("step", "kl", "KL to the stage's start", FROM_0),
+    ("step", "zero_spread", "groups without spread", SHARE),
+    ("step", "mutated", "mutated answers", SHARE),
+    ("step", "grad_norm", "gradient norm", FROM_0),
+]
+PHASES = ("rollout", "reward", "update", "sync", "data", "other")  # of timing.jsonl
 SMOOTH = 10  # steps that a point is the mean of
+
+Curve = tuple[list[int], list[float]]  # x: steps, y
 
 
 class CurvesError(ValueError):
@@ -32,20 +45,25 @@ class CurvesError(ValueError):
 
 
 def read_run(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl with the seconds of timing.jsonl, one dict a step. Raises CurvesError."""
+    """The lines of metrics.jsonl, one dict a step, with those of timing.jsonl ("timing") and validation.jsonl
+    ("validation": number of images -> metrics) where there are any. Raises CurvesError."""
     try:
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        timing = folder / "timing.jsonl"
-        seconds = (
-            [json.loads(line) for line in timing.read_text(encoding="utf-8").splitlines()] if timing.exists() else []
-        )
-        known = {(line["stage"], line["step"]): line["seconds"] for line in seconds}
-        return [step | {"seconds": known.get((step["stage"], step["step"]))} for step in steps]
+        steps = _lines(folder / "metrics.jsonl")
+        extra: dict[tuple, dict] = {}
+        for name in ("timing", "validation"):
+            for line in _lines(folder / f"{name}.jsonl") if (folder / f"{name}.jsonl").exists() else ():
+                of_step = line["images"] if name == "validation" else line
+                extra.setdefault((line["stage"], line["step"]), {})[name] = dict(of_step)
+        return [step | extra.get((step["stage"], step["step"]), {}) for step in steps]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CurvesError(f"{folder} holds no metrics that can be read ({error})") from None
 
 
-def smoothed(points: Sequence[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def smoothed(points: Sequence[tuple[int, float | None]]) -> Curve:
     """Means of up to SMOOTH points in a row, each at the place of its last.
 
     >>> smoothed([(0, 1.0), (1, None), (2, 3.0)])
@@ -56,6 +74,17 @@ def smoothed(points: Sequence[tuple[int, float | None]]) -> tuple[list[int], lis
     return [x for x, _ in known], [mean(window(i)) for i in range(len(known))]
 
 
+def curve(steps: list[dict], kind: str, name: str, images: int | None = None) -> Curve:
+    """A metric of one panel. Validations are few, so each stands for itself; the rest is smoothed."""
+    if kind == "validation":
+        rows = [(x, step["validation"].get(str(images), {})) for x, step in enumerate(steps) if "validation" in step]
+        known = [(x, row[name]) for x, row in rows if row.get(name) is not None]
+        return [x for x, _ in known], [y for _, y in known]
+    if kind == "timing":
+        return smoothed([(x, step["timing"].get(name, 0.0)) for x, step in enumerate(steps) if "timing" in step])
+    return smoothed([(x, step.get(name)) for x, step in enumerate(steps) if images in (None, step["images"])])
+
+
 def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
     """One picture of one or several runs.  runs: name -> what `read_run` returned"""
     import matplotlib
@@ -63,30 +92,40 @@ def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = max(len(BY_IMAGES), len(OVER_ALL))
-    figure, axes = plt.subplots(2, columns, figsize=(3.1 * columns, 5.6), layout="constrained", squeeze=False)
-    for row, panels in enumerate((BY_IMAGES, OVER_ALL)):
-        for axis, (name, title) in zip(axes[row], panels.items(), strict=False):
-            for r, (run, steps) in enumerate(runs.items()):
-                groups = sorted({step["images"] for step in steps}) if row == 0 else [None]
-                for g, images in enumerate(groups):
-                    points = [(x, s.get(name)) for x, s in enumerate(steps) if images in (None, s["images"])]
-                    label = " ".join(filter(None, [run if len(runs) > 1 else "", f"{images} images" if images else ""]))
-                    style = "-" if len(runs) == 1 or row == 1 else ("-", "--", ":", "-.")[r % 4]
-                    axis.plot(*smoothed(points), style, color=f"C{g if row == 0 else r}", label=label, linewidth=1.4)
-                for x in (i for i in range(1, len(steps)) if steps[i]["stage"] != steps[i - 1]["stage"]):
-                    axis.axvline(x, color="0.7", linewidth=0.8)  # stage 2 begins
-            axis.set_title(title, fontsize=10)
-            axis.tick_params(labelsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
-        for axis in axes[row][len(panels) :]:
-            axis.axis("off")
-    axes[0][0].legend(fontsize=7)
+    # Margins by hand: matplotlib's own layout takes as long again as the drawing, and a run draws often.
+    figure, axes = plt.subplots(3, 5, figsize=(17, 8.6), sharex=True)
+    figure.subplots_adjust(left=0.03, right=0.985, top=0.92, bottom=0.06, wspace=0.2, hspace=0.2)
+    colours = {n: f"C{i}" for i, n in enumerate(sorted({s["images"] for steps in runs.values() for s in steps}))}
+    styled: list[tuple[Any, tuple[str, list[dict]]]] = list(zip(("-", "--", ":", "-.") * len(runs), runs.items(), strict=False))  # fmt: skip
+    for axis, (kind, name, title, limits) in zip(axes.flat, PANELS, strict=True):
+        for style, (_, steps) in styled:
+            for x in (x for x in range(1, len(steps)) if steps[x]["stage"] != steps[x - 1]["stage"]):
+                axis.axvline(x, color="0.8", linewidth=0.8, zorder=0)
+            if kind == "timing" and len(runs) == 1:
+                _draw_phases(axis, steps)
+                continue
+            for n, colour in colours.items() if kind in ("sampled", "validation") else [(None, "0.25")]:
+                marker = "o" if kind == "validation" else ""
+                axis.plot(*curve(steps, kind, name, n), color=colour, linestyle=style, marker=marker, markersize=3.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(*limits)
+        axis.set_xlim(0, max(1, *map(len, runs.values())))
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    entries = [plt.Line2D([], [], color=c, label=f"{n} image{'s' * (n > 1)}") for n, c in colours.items()]
     if len(runs) > 1:
-        axes[1][0].legend(fontsize=7)
-    figure.supxlabel(f"step (means of {SMOOTH}; grey line: stage 2 begins)", fontsize=9)
-    figure.savefig(path, dpi=100)
+        entries += [plt.Line2D([], [], color="0.25", linestyle=style, label=run) for style, (run, _) in styled]
+    figure.legend(handles=entries, loc="upper center", ncols=max(1, len(entries)), frameon=False, fontsize=11)
+    figure.supxlabel(f"step (means of {SMOOTH}, validation as measured; grey line: the next stage begins)", fontsize=10)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _draw_phases(axis, steps: list[dict]) -> None:
+    """What each phase of a step took, one on the other."""
+    curves = [curve(steps, "timing", phase) for phase in PHASES]
+    axis.stackplot(curves[0][0], *(seconds for _, seconds in curves), labels=PHASES, colors=[f"C{i + 4}" for i in range(6)])  # fmt: skip
+    axis.legend(fontsize=8, reverse=True, loc="upper left", frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:

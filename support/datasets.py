@@ -179,11 +179,12 @@ def _make_items(chosen: list[tuple[Row, str]], base: Task, overrides: dict) -> d
 
 def load_splits(
     name: str, root: str | Path | None, splits: tuple[str, ...], task_overrides: dict | None = None,
-    skip_bad: bool = False, labels_of: tuple[str, ...] = (),
+    skip_bad: bool = False, labels_of: tuple[str, ...] = (), may_be_empty: tuple[str, ...] = (),
 ) -> list[list[Item]]:  # fmt: skip
     """The items of several splits, with the data set's files read once; see `data.load_dataset`.
 
-    labels_of  further splits, whose labels alone are wanted: their images are not opened, and they may be empty
+    labels_of     further splits, whose labels alone are wanted: their images are not opened, and they may be empty
+    may_be_empty  those of `splits` that may
     """
     for split in splits:
         if split not in SPLITS:
@@ -195,7 +196,7 @@ def load_splits(
     if left_out:
         print(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)", file=sys.stderr)
     for split in splits:
-        if not items[split]:
+        if not items[split] and split not in may_be_empty:
             raise DataError(f"the {split} split of {name} under {root} is empty ({len(left_out)} left out): add images")
     return [items[split] for split in (*splits, *labels_of)]
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import rarl
+from support.clock import Clock
 from support.settings import SettingError, Settings
 
 
@@ -76,10 +77,13 @@ class Learner:
     rollout_policy  whole and unsharded, bf16 on a GPU: it samples without any communication and reads half the bytes
                     per token. On one CPU process it is the policy itself.
     reference       the policy as the stage began, frozen; None if beta is 0
+
+    `clock` measures what the phases of a step take.
     """
 
     def __init__(self, policy: rarl.Policy, world: World, s: Settings):
         self.world, self.settings, self.policy = world, s, policy
+        self.clock = Clock()
         self.rollout_policy = policy
         if world.device.type == "cuda":
             self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16).to(world.device)
@@ -111,6 +115,7 @@ class Learner:
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
         make_optimizer_state(self.policy, optimizer)
+        self.clock = Clock()
         self.reference = None  # frees the last stage's first
         if s.beta > 0 and self.world.size == 1:  # computed with exactly as the policy is: their KL begins at 0
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from support.distributed import World
 from support.settings import SettingError, Settings
 from support.tables import finite, mean
-from support.watch import watch_step
+from support.watch import watch_curves, watch_group
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics of one step
@@ -159,16 +158,20 @@ class Warnings:
 
 
 class Monitor:
-    """Writes metrics.jsonl and timing.jsonl, shows the progress line, keeps the evidence of bad steps."""
+    """Writes metrics.jsonl, timing.jsonl and validation.jsonl, shows the progress line, keeps the evidence of bad steps.
 
-    def __init__(self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings):
-        self.folder, self.stage, self.world = folder, stage, world
+    base  number of images -> the first policy's metrics on the test prompts, for comparison
+    """
+
+    def __init__(
+        self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings, base: dict[int, dict]
+    ):
+        self.folder, self.stage, self.world, self.base = folder, stage, world, base
         self.max_bad_steps, self.watch_every = s.max_bad_steps, s.watch_every
         self.bad = 0  # steps in a row
         self.warnings = Warnings()
-        self.started = time.time()
-        self.metrics = open(folder / "metrics.jsonl" if world.main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
-        self.timing = open(folder / "timing.jsonl" if world.main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        names = [folder / f"{name}.jsonl" if world.main else os.devnull for name in ("metrics", "timing", "validation")]
+        self.metrics, self.timing, self.validation = (open(name, "a", encoding="utf-8") for name in names)  # noqa: SIM115
         self.progress = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=not world.main)
 
     def __enter__(self) -> "Monitor":
@@ -176,11 +179,18 @@ class Monitor:
 
     def __exit__(self, *exception) -> None:
         self.progress.close()
-        self.metrics.close()
-        self.timing.close()
+        for file in (self.metrics, self.timing, self.validation):
+            file.close()
+        if self.world.main and self.watch_every and exception == (None, None, None):
+            watch_curves(self.folder)
 
-    def log(self, step: int, batch, update_metrics: dict[str, Any], max_reward: float) -> None:
-        """Write down one step. All ranks call it. Raises SettingError after --max-bad-steps bad ones in a row."""
+    def log(
+        self, step: int, batch, update_metrics: dict[str, Any], max_reward: float, seconds: dict[str, float]
+    ) -> None:
+        """Write down one step. All ranks call it. Raises SettingError after --max-bad-steps bad ones in a row.
+
+        seconds  what each phase took since the last step
+        """
         images = len(batch.samples[0].items)
         log = {"images": images} | rollout_metrics(self.world.gather(rollout_numbers(batch))) | update_metrics
         self.bad = self.bad + 1 if log["bad"] else 0
@@ -190,20 +200,25 @@ class Monitor:
         if self.world.main:
             place = {"stage": self.stage, "step": step}
             self._write(self.metrics, place | log)
-            self._write(self.timing, place | {"seconds": time.time() - self.started})
-            self.progress.set_postfix_str(progress_text(log), refresh=False)
+            self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds)
+            self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
             if warning := self.warnings(log, max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
             if self.watch_every and step % self.watch_every == 0:
-                watch_step(self.folder, self.stage, step, batch)
+                watch_group(self.folder, self.stage, step, batch)
+                watch_curves(self.folder)
         self.progress.update()
-        self.started = time.time()
         if self.bad >= self.max_bad_steps:
             raise SettingError(
                 f"{self.bad} steps in a row had a loss or gradient that is not finite; the batches are in "
                 f"{self.folder / 'bad_steps'}, the last sound weights in {self.folder / 'checkpoints'}: look at the "
                 "images, or go on from there with --resume and a smaller --lr"
             )
+
+    def log_validation(self, step: int, share: float, rows: dict[int, dict]) -> None:
+        """Write down what `train.validate` returned after that step."""
+        if self.world.main:
+            self._write(self.validation, {"stage": self.stage, "step": step, "reward": share, "images": rows})
 
     @staticmethod
     def _write(file, entry: dict) -> None:
@@ -214,12 +229,20 @@ class Monitor:
         """Bring the log to the disk: it must not be older than the checkpoint that is written next."""
         if self.world.main:
             os.fsync(self.metrics.fileno())
+            os.fsync(self.validation.fileno())
 
 
-def progress_text(log: dict) -> str:
-    short = {"reward": "reward", "format": "format", "regression": "reg", "ranking": "rank", "mae": "mae",
-             "entropy": "entropy", "kl": "kl", "zero_spread": "zero"}  # fmt: skip
-    return " ".join(f"{word}={log[name]:.2f}" for name, word in short.items() if log.get(name) is not None)
+def progress_text(log: dict, base: dict) -> str:
+    """A step in few words: "2 images reward=2.45 format=1.00 mae=1.20 (base 2.44) tau=0.75 (base 0.08) kl=0.03 ...".
+
+    The step's answers are sampled, the base's were greedy.
+    """
+    several = log.get("ranking") is not None
+    shown = {"reward": log["reward"], "format": log["format"], "mae": log["mae"],
+             "tau": 2 * log["ranking"] - 1 if several else None, "kl": log.get("kl"), "no spread": log["zero_spread"]}  # fmt: skip
+    known = lambda name: "" if math.isnan(base.get(name, math.nan)) else f" (base {base[name]:.2f})"
+    words = [f"{name}={x:.2f}{known(name)}" for name, x in shown.items() if x is not None]
+    return " ".join([f"{log['images']} image{'s' * (log['images'] > 1)}", *words])
 
 
 def keep_evidence(path: Path, batch, log: dict) -> None:

@@ -1,12 +1,14 @@
 """What is checked before a run starts: that images can be read, and that the reward understands the reference answers."""
 
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
 
 import data
 import rarl
+from support.datasets import load_splits
 from support.distributed import World
 from support.images import unreadable
 from support.settings import SettingError, Settings
@@ -17,21 +19,33 @@ def task_overrides(s: Settings) -> dict[str, Any]:
 
 
 def load_items(s: Settings, world: World) -> list[list[data.Item]]:
-    """The items of train and test. DataError if one of them has too few for a prompt, or an image cannot be read.
+    """The items of train, test and, if there is validation, val. A data set may do without the last.
+
+    DataError if train or test has too few items for a prompt, or an image cannot be read.
 
     Every image is decoded once beforehand where they are few enough for that to take a minute at most. Of larger data
     sets, an unreadable image stops the run when its turn comes, with a checkpoint behind it; or use --skip-bad.
     """
     if world.main:
         print(f"reading {s.data}", file=sys.stderr)
-    splits = data.load_splits(s.data, s.data_root, ("train", "test"), task_overrides(s), s.skip_bad)
-    for items in splits:
+    wanted = ("train", "test", "val") if s.validate_every else ("train", "test")
+    splits = load_splits(s.data, s.data_root, wanted, task_overrides(s), s.skip_bad, may_be_empty=("val",))
+    splits += [[]] * (3 - len(wanted))
+    if world.main and s.validate_every and not splits[2]:
+        print(f"the val split of {s.data} is empty: no validation, a stage ends with its last policy", file=sys.stderr)
+    for items in splits[:2]:
         for n in {1, *s.images}:
             data.make_pools(items, n)
     files = [item for items in splits for item in items if item.path is not None]
     if len(files) <= 5000 and (broken := unreadable(files)):
         raise data.DataError(f"{next(iter(broken.values()))}; {len(broken)} such in all, --skip-bad leaves them out")
     return splits
+
+
+def validation_prompts(items: list[data.Item], images: tuple[int, ...], count: int) -> dict[int, list[data.Sample]]:
+    """Number of images -> up to `count` prompts of the val split; only where a task has so many images there."""
+    most = max(Counter(item.task for item in items).values(), default=0)
+    return {n: data.make_samples(items, n, count) for n in sorted(set(images)) if n <= most}
 
 
 def preflight(policy: rarl.Policy, samples: list[data.Sample], stage) -> None:

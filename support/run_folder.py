@@ -2,6 +2,7 @@
 
 settings.json                what the run was started with
 metrics.jsonl, timing.jsonl  one line a step
+validation.jsonl             one line a validation
 stage1/, stage2/             the policies in Hugging Face layout, with task.json and checksums.json
 predictions_*.jsonl, .png    answers to the test prompts
 results.json, results.txt    the table; results.txt is written last, so a run that has it is complete
@@ -207,7 +208,9 @@ class RunFolder:
 
     def _take_back(self, until: tuple[int, int]) -> None:
         """Keep the lines of steps before `until` = (stage, step)."""
-        for file in (self.path / name for name in ("metrics.jsonl", "timing.jsonl", "groups/groups.jsonl")):
+        for file in (
+            self.path / name for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl")
+        ):
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
             kept = []
             for number, line in enumerate(lines, start=1):

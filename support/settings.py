@@ -98,6 +98,11 @@ class Settings:
     keep: int = setting(2, "newest checkpoints that are kept")
     max_bad_steps: int = setting(5, "stop after this many steps in a row whose loss or gradient is not finite")
     # Watching
+    validate_every: int = setting(
+        25,
+        "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one",
+    )
+    val_samples: int = setting(20, "validation prompts for each number of images of the stage")
     watch_every: int = setting(25, "steps between pictures of a group of answers and of the curves so far; 0: none")
     # Evaluation
     eval_samples: int = setting(200, "test prompts for each number of images")
@@ -107,7 +112,7 @@ class Settings:
 # For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
 # the numbers of steps and the pixels. Model and data root are the user's to give.
 FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
-         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "eval_samples": 500}  # fmt: skip
+         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "val_samples": 100, "eval_samples": 500}  # fmt: skip
 PRESETS = {
     name: FULL_SIZE | {"data": name, "name": name} for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder")
 }
@@ -235,8 +240,8 @@ def check_name(name: str) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
-    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "watch_every")  # fmt: skip
+    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),

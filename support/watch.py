@@ -9,8 +9,8 @@ from support.group_sheet import draw_group
 from support.tables import finite
 
 
-def watch_step(folder: Path, stage: int, step: int, batch) -> None:
-    """Write groups/STAGE-STEP.png, a line of groups.jsonl, and curves.png if matplotlib is there.  batch: train.Batch"""
+def watch_group(folder: Path, stage: int, step: int, batch) -> None:
+    """Write groups/STAGE-STEP.png and a line of groups.jsonl.  batch: train.Batch"""
     G = batch.advantages.shape[1]
     # The group whose rewards differ most is the one that says most.
     spread = [max(r.total for r in group) - min(r.total for r in group) for group in groups_of(batch.scored, G)]
@@ -35,6 +35,10 @@ def watch_step(folder: Path, stage: int, step: int, batch) -> None:
     }  # fmt: skip
     with open(folder / "groups" / "groups.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(finite(line)) + "\n")
+
+
+def watch_curves(folder: Path) -> None:
+    """Write curves.png, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib"):
         draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
 

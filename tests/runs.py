@@ -10,7 +10,8 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps1", "3", "--steps2", "3", "--batch-size", "4", "--group-size", "4", "--images", "2", "4",
-         "--eval-samples", "4", "--checkpoint-every", "1", "--workers", "0"]  # fmt: skip
+         "--eval-samples", "4", "--checkpoint-every", "1", "--workers", "0",
+         "--validate-every", "1", "--val-samples", "2"]  # fmt: skip
 
 
 def command(*arguments, processes=1):

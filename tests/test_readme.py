@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 2 --workers 0 --watch-every 0"
+TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 2 --val-samples 2 --workers 0 --watch-every 0"
 SMALL = {  # what makes a command short, added at its end
     "train": TRAIN,
     "eval": "--samples 2",

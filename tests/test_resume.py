@@ -35,7 +35,8 @@ def start(folder):
 
 
 def assert_same(out, again):
-    assert (again / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()  # no line twice, none missing
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        assert (again / file).read_text() == (out / file).read_text()  # no line twice, none missing
     for file in ("stage1/model.safetensors", "stage2/model.safetensors", "results.json", "results.txt"):
         assert (again / file).read_bytes() == (out / file).read_bytes(), file
     assert len(lines(again / "timing.jsonl")) == len(lines(out / "metrics.jsonl"))
