@@ -63,6 +63,7 @@ from support.run_folder import RunFolder
 from support.saved_task import save_task
 from support.settings import SettingError, Settings, parse_settings
 from support.tables import mean
+from support.watch import compare_policies
 
 HERE = Path(__file__).resolve().parent
 
@@ -459,6 +460,7 @@ def run(s: Settings, stop: Stop) -> Results:
         def report(name: str) -> None:
             results[name] = evaluate_everywhere(learner, tests, name, folder)
             if world.main:
+                compare_policies(folder.path, results, tests)
                 folder.write_results(results | blind)
                 print(f"\n{results_table(results | blind)}\n", flush=True)
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import data
 import reward
-from support.pictures import FAINT, GAP, GOOD, INK, LINE, MARGIN, PAPER, POOR, THUMB, write
+from support.pictures import FAINT, FAIR, GAP, GOOD, INK, LINE, MARGIN, PAPER, PER_LINE, POOR, THUMB, write
 
 WIDTH, ROW, TEXT = 1280, 26, 15  # pixels: the picture, a row of the table, its letters
 # Where the columns of the table end (numbers) or begin (the bar of the advantage).
@@ -29,25 +29,26 @@ def draw_group(
     path: Path,
 ) -> None:
     """Draw one group. texts, rewards, advantages, mutated: G each, after mutation and scored again."""
-    question = textwrap.wrap(data.question_text(sample.task, len(sample.items)), 150)
+    question = textwrap.wrap(data.question_text(sample.task, len(sample.items)), 170)
     top = 64 + 20 * len(question)
-    table = top + THUMB + 60
+    lines = -(-len(sample.items) // PER_LINE)  # of images
+    table = top + lines * (THUMB + 36) + 24
     canvas = Image.new("RGB", (WIDTH, table + ROW * (len(texts) + 1) + MARGIN), PAPER)
     draw = ImageDraw.Draw(canvas)
     write(draw, 22, (MARGIN, 18), title, WIDTH - 2 * MARGIN, INK)
     for i, line in enumerate(question):
         write(draw, TEXT, (MARGIN, 52 + 20 * i), line, WIDTH - 2 * MARGIN, FAINT)
     for i, item in enumerate(sample.items):
-        left = MARGIN + i * (THUMB + GAP)
+        left, y = MARGIN + i % PER_LINE * (THUMB + GAP), top + i // PER_LINE * (THUMB + 36)
         image = ImageOps.contain(item.image(), (THUMB, THUMB))
-        canvas.paste(image, (left + (THUMB - image.width) // 2, top + (THUMB - image.height) // 2))
+        canvas.paste(image, (left + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
         label = data.format_value(item.label, sample.task.decimals)
-        write(draw, TEXT, (left + THUMB // 2, top + THUMB + 6), f"image {i + 1}: {label}", THUMB, INK, anchor="ma")
-    _draw_table(draw, table, texts, rewards, advantages, mutated)
+        write(draw, TEXT, (left + THUMB // 2, y + THUMB + 6), f"image {i + 1}: {label}", THUMB, INK, anchor="ma")
+    _draw_table(draw, table, texts, rewards, advantages, mutated, one_image=len(sample.items) == 1)
     canvas.save(path)
 
 
-def _draw_table(draw: ImageDraw.ImageDraw, top: int, texts, rewards, advantages, mutated) -> None:
+def _draw_table(draw: ImageDraw.ImageDraw, top: int, texts, rewards, advantages, mutated, one_image: bool) -> None:
     for name, x in COLUMNS.items():
         write(draw, TEXT, (x, top), name, 400, FAINT, anchor="la" if x == MARGIN else "ra")
     largest = max((abs(a) for a in advantages), default=0) or 1.0
@@ -56,12 +57,16 @@ def _draw_table(draw: ImageDraw.ImageDraw, top: int, texts, rewards, advantages,
     ):
         y = top + ROW * row
         draw.line((MARGIN, y - 4, WIDTH - MARGIN, y - 4), fill=LINE)
+        left = MARGIN
+        if was_mutated:
+            draw.rectangle([MARGIN, y - 1, MARGIN + 42, y + 18], fill=FAIR)
+            write(draw, TEXT, (MARGIN + 5, y), "RMO", 40, PAPER)
+            left += 52
         colour = INK if scored.answer else POOR
-        said = ("RMO  " if was_mutated else "") + short_answer(text, scored.answer)
-        write(draw, TEXT, (MARGIN, y), said, COLUMNS["format"] - MARGIN - 70, colour)
-        numbers = [scored.format, scored.regression, scored.ranking, scored.total, advantage]
+        write(draw, TEXT, (left, y), short_answer(text, scored.answer), COLUMNS["format"] - left - 70, colour)
+        numbers = [scored.format, scored.regression, None if one_image else scored.ranking, scored.total, advantage]
         for number, x in zip(numbers, list(COLUMNS.values())[1:], strict=True):
-            write(draw, TEXT, (x, y), f"{number:.2f}", 90, INK, anchor="ra")
+            write(draw, TEXT, (x, y), "-" if number is None else f"{number:.2f}", 90, INK, anchor="ra")
         end = BAR + BAR_WIDTH * advantage / largest
         if advantage:
             draw.rectangle([min(BAR, end), y + 2, max(BAR, end), y + 15], fill=GOOD if advantage > 0 else POOR)

@@ -1,4 +1,4 @@
-"""Pictures that people look at: answers to evaluation prompts, and ranked images. Both write their text with `write`."""
+"""Pictures that people look at: answers to evaluation prompts, of one policy or of several, and ranked images."""
 
 import math
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def draw_predictions(samples: Sequence[Sample], predictions: Sequence[dict], pat
     height = TITLE + sum(_row_height(sample) for sample, _ in shown) + (MARGIN if shown else 0)
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _draw_legend(draw, width)
+    _draw_legend(draw, width, "Images in the order of the answer")
     y = TITLE
     for sample, prediction in shown:
         _draw_row_head(draw, y, width, sample, prediction)
@@ -89,9 +89,9 @@ def _row_height(sample: Sample) -> int:
     return HEAD + math.ceil(len(sample.items) / PER_LINE) * (THUMB + CAPTION)
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, width: int) -> None:
-    write(draw, 22, (MARGIN, 20), "Images in the order of the answer", width, INK)
-    x = write(draw, 14, (MARGIN, 54), "One prompt per row, lowest on the left.  Error: ", width, FAINT)
+def _draw_legend(draw: ImageDraw.ImageDraw, width: int, title: str) -> None:
+    write(draw, 22, (MARGIN, 20), title, width, INK)
+    x = write(draw, 14, (MARGIN, 54), "Lowest on the left.  Error: ", width, FAINT)
     for colour, text in ((GOOD, "up to delta / 4"), (FAIR, "less than delta"), (POOR, "delta or more (no reward)")):
         x = write(draw, 14, (x, 54), text, width, colour) + 18
 
@@ -119,18 +119,73 @@ def _draw_answered_image(
     sample: Sample,
     image_id: int,
     values: list[float] | None,
+    side: int = THUMB,
 ) -> None:
     """One thumbnail with the true value below it, and the said one where there is one."""
     (left, top), item, task = corner, sample.items[image_id - 1], sample.task
-    thumbnail = ImageOps.contain(item.image(), (THUMB, THUMB))
-    canvas.paste(thumbnail, (left + (THUMB - thumbnail.width) // 2, top + (THUMB - thumbnail.height) // 2))
+    thumbnail = ImageOps.contain(item.image(), (side, side))
+    canvas.paste(thumbnail, (left + (side - thumbnail.width) // 2, top + (side - thumbnail.height) // 2))
     caption, colour = f"true {short(item.label, task.decimals)}", FAINT
     if values is not None:
         said = values[image_id - 1]
         error = abs(said - item.label)
         caption += f"  said {short(said, task.decimals + 1)}"  # the digit shows 6.5 as not quite 6
         colour = GOOD if error <= task.delta / 4 else FAIR if error < task.delta else POOR
-    write(draw, 14, (left + THUMB // 2, top + THUMB + 6), caption, THUMB + GAP - 4, colour, anchor="ma")
+    write(draw, 14, (left + side // 2, top + side + 6), caption, side + GAP - 4, colour, anchor="ma")
+
+
+# --- before and after ---------------------------------------------------------------------------------------
+
+SIDE, NAME, BETWEEN = 104, 74, 20  # pixels: a thumbnail, the room for a policy's name, the gap between two prompts
+
+
+def draw_before_after(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], path: Path) -> None:
+    """The same prompts as several policies answered them, a policy below the other. Prompts share a line while they fit.
+
+    answers  name of the policy -> its predictions for these samples
+    """
+    blocks: list[list[int]] = []  # numbers of the samples in a line
+    for k, sample in enumerate(samples):
+        if blocks and sum(len(samples[i].items) for i in blocks[-1]) + len(sample.items) <= PER_LINE:
+            blocks[-1].append(k)
+        else:
+            blocks.append([k])
+    row = HEAD + SIDE + CAPTION
+    most = max([PER_LINE, *(len(sample.items) for sample in samples)])
+    width = 2 * MARGIN + NAME + most * (SIDE + GAP) + 3 * BETWEEN
+    canvas = Image.new("RGB", (width, TITLE + len(blocks) * (len(answers) * row + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _draw_legend(draw, width, "Before and after: the same images in the order of each policy's answer")
+    y = TITLE
+    for block in blocks:
+        draw.line((MARGIN, y, width - MARGIN, y), fill=LINE)
+        for name, predictions in answers.items():
+            write(draw, 16, (MARGIN, y + HEAD + SIDE // 2 - 8), name, NAME, INK)
+            x = MARGIN + NAME
+            for k in block:
+                sample, prediction = samples[k], predictions[k]
+                room = len(sample.items) * (SIDE + GAP)
+                _draw_summary(draw, (x, y + 8), sample, prediction, room)
+                for place, image_id in enumerate(prediction["order"] or range(1, len(sample.items) + 1)):
+                    corner = x + place * (SIDE + GAP), y + HEAD
+                    _draw_answered_image(canvas, draw, corner, sample, image_id, prediction["values"], SIDE)
+                x += room + BETWEEN
+            y += row
+        y += MARGIN
+    canvas.save(path)
+
+
+def _draw_summary(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], sample: Sample, prediction: dict, room: int
+) -> None:
+    """How well a prompt was answered, above its images."""
+    if prediction["values"] is None:
+        write(draw, 14, corner, "not valid: " + " ".join(prediction["text"].split()), room, POOR)
+        return
+    errors = [abs(value - label) for value, label in zip(prediction["values"], sample.labels, strict=True)]
+    tau = reward.kendall_tau(prediction["order"], sample.labels)
+    said = f"mean error {sum(errors) / len(errors):.3g}" + ("" if math.isnan(tau) else f", tau {tau:.2f}")
+    write(draw, 14, corner, said, room, INK)
 
 
 # --- ranked images ------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ settings.json                what the run was started with
 metrics.jsonl, timing.jsonl  one line a step
 validation.jsonl             one line a validation
 stage1/, stage2/             the policies in Hugging Face layout, with task.json and checksums.json
-predictions_*.jsonl, .png    answers to the test prompts
+predictions_*.jsonl, .png    answers to the test prompts; before_after.png shows some of every policy
+groups/, curves.png          what training does, in pictures
 results.json, results.txt    the table; results.txt is written last, so a run that has it is complete
 checkpoints/                 while a stage runs
 bad_steps/                   batches whose loss or gradient was not finite

@@ -1,11 +1,14 @@
-"""Pictures of a run while it trains: every so many steps one group of answers, and the curves so far."""
+"""Pictures of a run: every so many steps one group of answers and the curves so far; before and after at the end."""
 
 import importlib.util
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data import Sample
 from support.curves import draw_curves, read_run
 from support.group_sheet import draw_group
+from support.pictures import draw_before_after
 from support.tables import finite
 
 
@@ -41,6 +44,24 @@ def watch_curves(folder: Path) -> None:
     """Write curves.png, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib"):
         draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
+
+
+def compare_policies(folder: Path, names: Iterable[str], samples: dict[int, list[Sample]]) -> None:
+    """Write before_after.png: the first test prompt of each number of images, as the policies answered it.
+
+    names    of the policies, whose answers are read from predictions_NAME.jsonl; one that cannot be read is left out
+    samples  number of images -> test prompts
+    """
+    shown = [few[0] for few in samples.values()]
+    answers: dict[str, Sequence[dict]] = {}
+    for name in names:
+        try:
+            text = (folder / f"predictions_{name.replace(' ', '')}.jsonl").read_text(encoding="utf-8")
+            known = {tuple(p["items"]): p for p in map(json.loads, text.splitlines())}
+            answers[name] = [known[tuple(item.name for item in sample.items)] for sample in shown]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    draw_before_after(shown, answers, folder / "before_after.png")
 
 
 def groups_of(rows: list, G: int) -> list[list]:

@@ -1,6 +1,9 @@
 """Pictures, looked at pixel by pixel: which image stands where, in which colour its caption is."""
 
+import dataclasses
+import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from support import pictures
+from support import pictures, watch
 from support.ranking import Ranking
 
 
@@ -78,6 +81,54 @@ def test_picture_takes_rows_from_the_whole_list(policy, tmp_path):
     pictures.draw_predictions([], [], tmp_path / "p.png")
     with pytest.raises(ValueError, match="2 samples but 1 predictions"):
         pictures.draw_predictions(samples[:2], predictions[:1], tmp_path / "p.png")
+
+
+def test_before_and_after_show_each_policys_order(tmp_path):
+    """Prompts of 2, 3 and 8 images: the first two share a line, the third has its own; two policies in each."""
+    few, more, most = sample(5, 7, prefix="a"), sample(1, 2, 3, prefix="b"), sample(*range(8), prefix="c")
+    samples = [data.Sample(tuple(dataclasses.replace(item, image=partial(Image.new, "RGB", (40, 20), (k, 9, 10 * i)))
+               for i, item in enumerate(s.items, 1))) for k, s in enumerate((few, more, most), 1)]  # fmt: skip
+    orders = {"base": [[1, 2], [3, 1, 2], [*range(1, 9)]], "stage 1": [[2, 1], None, [*range(8, 0, -1)]]}
+    answers = {
+        name: [
+            evaluation.judge(s, "no list" if order is None else answer(*((i, 1) for i in order)))
+            for s, order in zip(samples, some, strict=True)
+        ]
+        for name, some in orders.items()
+    }
+    pictures.draw_before_after(samples, answers, tmp_path / "b.png")
+    pixels = np.asarray(Image.open(tmp_path / "b.png"))
+    rows = {}  # y -> what stands there, as (prompt, image), from left to right
+    for k, s in enumerate(samples, 1):
+        for i in range(1, len(s.items) + 1):
+            y, x = (pixels == (k, 9, 10 * i)).all(-1).nonzero()
+            assert len(y) == 2 * 104 * 52  # once for each policy
+            for top in sorted(set(y))[:1], sorted(set(y))[52:53]:
+                rows.setdefault(top[0], []).append((x[y == top[0]].min(), (k, i)))
+    seen = [[what for _, what in sorted(row)] for _, row in sorted(rows.items())]
+    line = lambda k, order: [(k, i) for i in order]
+    assert seen == [
+        line(1, [1, 2]) + line(2, [3, 1, 2]),
+        line(1, [2, 1]) + line(2, [1, 2, 3]),  # not valid: as given
+        line(3, range(1, 9)),
+        line(3, range(8, 0, -1)),
+    ]
+
+
+def test_before_and_after_are_read_from_the_predictions(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(watch, "draw_before_after", lambda samples, answers, path: shown.append((samples, answers)))
+    samples = {n: [sample(*range(n), prefix=f"{n}-{k}-") for k in range(2)] for n in (1, 2)}
+    prediction = lambda s, value: evaluation.judge(s, answer(*((i, value) for i in range(1, len(s.items) + 1))))
+    for name, value in (("base", 3), ("stage1", 5)):
+        lines = [json.dumps(prediction(s, value)) for some in samples.values() for s in some]
+        (tmp_path / f"predictions_{name}.jsonl").write_text("\n".join(lines))
+    watch.compare_policies(tmp_path, ["base", "stage 1", "stage 2"], samples)  # stage 2 has no answers yet
+    (tmp_path / "predictions_base.jsonl").write_text("{")
+    watch.compare_policies(tmp_path, ["base", "stage 1"], samples)
+    (first, answers), (_, without_base) = shown
+    assert first == [samples[1][0], samples[2][0]] and list(answers) == ["base", "stage 1"]
+    assert [p["values"] for p in answers["stage 1"]] == [[5], [5, 5]] and list(without_base) == ["stage 1"]
 
 
 @pytest.mark.parametrize(("count", "thumb"), [(1, 168), (10, 168), (33, 120), (130, 84)])
