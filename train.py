@@ -63,6 +63,7 @@ from support.run_folder import RunFolder
 from support.saved_task import save_task
 from support.settings import SettingError, Settings, parse_settings
 from support.tables import mean
+from support.track import check_tracker
 from support.watch import compare_policies
 
 HERE = Path(__file__).resolve().parent
@@ -436,6 +437,7 @@ def evaluate_everywhere(
 def run(s: Settings, stop: Stop) -> Results:
     """Everything: base evaluation, the stages with an evaluation after each, the files in runs/NAME. -> results"""
     world = start_world(s.device)
+    check_tracker(s.track)
     if s.batch_size % world.size:
         raise SettingError(f"--batch-size {s.batch_size} must be a multiple of the number of processes, {world.size}")
     folder = RunFolder(Path("runs") / s.name, world)

@@ -1,11 +1,12 @@
 """What a run says at its end: two sentences on what was learned, and a model card beside the weights."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import Item
+from data import IMAGE, Item, question_text
 from support.atomic_files import write_text
 from support.results import Results, results_table
 from support.settings import MACHINE, Settings, flag
@@ -54,6 +55,11 @@ def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item]
         f"    {flag(k)} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items()
     )
     shown = {row: metrics for row, metrics in results.items() if not row.startswith("stage") or row <= name}
+    stages = [f"{s.steps1} steps with 1 image in a prompt (stage 1)"]
+    if name == "stage 2":
+        stages.append(f"{s.steps2} steps with {' / '.join(map(str, s.images))} images (stage 2)")
+    length = " and then ".join(stages)
+    content = f"Image 1: {IMAGE}\n" + question_text(items[0].task, 1)
     more = f"\n\nand {len(questions) - 5} more" if len(questions) > 5 else ""
     write_text(
         folder / "README.md",
@@ -73,11 +79,11 @@ with a JSON list `[{{"image_id": 2, "value": 17}}, {{"image_id": 1, "value": 23}
 
 {chr(10).join(f"> {question}" for question in questions[:5])}{more}
 
-Data: {s.data}. The exact question, the order, the tolerance and the decimals are in `task.json`.
+Data: {s.data}, {len(items):,} training images. The exact question, the order, the tolerance and the decimals are in `task.json`.
 
 ## Results
 
-On the test split, greedy answers. The last rows of each block are policies that look at no image.
+On the test split, greedy answers, {s.eval_samples} prompts at most for each number of images. The last rows of each block are policies that look at no image.
 
 ```
 {results_table(shown)}
@@ -85,20 +91,36 @@ On the test split, greedy answers. The last rows of each block are policies that
 
 ## Settings
 
-All but these are the defaults of train.py:
+Trained for {length}. All but these settings are the defaults of train.py:
 
 {settings or "    (none)"}
 
 ## Use
 
-```python
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+With transformers alone:
 
-model = Qwen2_5_VLForConditionalGeneration.from_pretrained("{folder.name}")
-tokenizer = AutoTokenizer.from_pretrained("{folder.name}")
+```python
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+folder = "{folder}"
+model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+photos = processor([Image.open("photo.png").convert("RGB")], return_tensors="pt")
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": {json.dumps(content, ensure_ascii=False)}}}], add_generation_prompt=True, tokenize=False
+)
+for grid in photos["image_grid_thw"]:  # each image's mark becomes as many as it has tokens
+    prompt = prompt.replace("<|image_pad|>", "<|mark|>" * (int(grid.prod()) // 4), 1)
+tokens = tokenizer(prompt.replace("<|mark|>", "<|image_pad|>"), add_special_tokens=False, return_tensors="pt")
+tokens["mm_token_type_ids"] = (tokens["input_ids"] == model.config.image_token_id).int()  # where the images are
+answer = model.generate(**tokens, **photos, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-Images must be preprocessed as `preprocessor_config.json` says (Qwen2VLImageProcessor). With the code that trained it:
-`python eval.py --model {folder.name} --rank PHOTOS`.
+With the code that trained it: `python eval.py --model {folder} --rank PHOTOS`.
 """,
     )

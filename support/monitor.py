@@ -18,6 +18,7 @@ from tqdm import tqdm
 from support.distributed import World
 from support.settings import SettingError, Settings
 from support.tables import finite, mean
+from support.track import start_tracker
 from support.watch import watch_curves, watch_group
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ class Monitor:
         self.warnings = Warnings()
         names = [folder / f"{name}.jsonl" if world.main else os.devnull for name in ("metrics", "timing", "validation")]
         self.metrics, self.timing, self.validation = (open(name, "a", encoding="utf-8") for name in names)  # noqa: SIM115
+        self.before = s.steps1 if stage == 2 else 0  # steps of the run before this stage
+        self.track = start_tracker(s, folder, self.before + first, world.main)
         self.progress = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=not world.main)
 
     def __enter__(self) -> "Monitor":
@@ -200,6 +203,7 @@ class Monitor:
         if self.world.main:
             place = {"stage": self.stage, "step": step}
             self._write(self.metrics, place | log)
+            self.track(self.before + step, finite(log))
             self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds)
             self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
             if warning := self.warnings(log, max_reward):
@@ -219,6 +223,8 @@ class Monitor:
         """Write down what `train.validate` returned after that step."""
         if self.world.main:
             self._write(self.validation, {"stage": self.stage, "step": step, "reward": share, "images": rows})
+            named = {f"validation/{n}/{name}": x for n, row in rows.items() for name, x in row.items()}
+            self.track(self.before + step, finite({"validation/reward": share} | named))
 
     @staticmethod
     def _write(file, entry: dict) -> None:

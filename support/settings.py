@@ -104,6 +104,9 @@ class Settings:
     )
     val_samples: int = setting(20, "validation prompts for each number of images of the stage")
     watch_every: int = setting(25, "steps between pictures of a group of answers and of the curves so far; 0: none")
+    track: str | None = setting(
+        None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb")
+    )
     # Evaluation
     eval_samples: int = setting(200, "test prompts for each number of images")
     eval_batch_size: int = setting(50, "test prompts at a time")
@@ -122,7 +125,7 @@ PRESETS = {
 # that of the folder, which may have been renamed.
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
-    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every",
+    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track",
 }  # fmt: skip
 
 

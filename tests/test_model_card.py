@@ -1,9 +1,17 @@
 """support/model_card.py: what a run says of itself at its end."""
 
+import contextlib
+import io
 import json
 import math
+import re
+from pathlib import Path
+
+from runs import ROOT
 
 import data
+import eval as evaluation
+import rarl
 from support.model_card import what_was_learned, write_model_card
 from support.settings import Settings
 
@@ -36,3 +44,20 @@ def test_card_says_task_results_and_settings(tmp_path):
     assert "    --seed 5\n    --images 2" in text or "    --images 2\n" in text and "    --seed 5" in text
     assert "stage 1" in text and "stage 2" not in text and "best constant by MAE" in text
     assert json.dumps({"image_id": 2, "value": 17}) in text
+
+
+def test_the_cards_program_gives_the_answer_that_was_evaluated(tmp_path, monkeypatch):
+    """What a user of transformers alone gets is what eval.py gets."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/rarl/stage1")
+    policy = rarl.load_policy(ROOT / "tiny")
+    rarl.save_policy(policy, folder)  # in float32, as training does
+    items = data.load_dataset("dots")
+    write_model_card(folder, "stage 1", Settings(), items, RESULTS)
+    (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    for item in items[:3]:
+        item.image().save("photo.png")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, {})
+        (expected,) = evaluation.answer_greedily(policy, [data.Sample((item,))], 1, 64)
+        assert printed.getvalue().strip() == expected and '"value"' in expected
