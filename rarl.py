@@ -203,10 +203,16 @@ def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] 
     policy.image_processor.save_pretrained(path)
 
 
-def cast_copy(policy: Policy, dtype: torch.dtype) -> Policy:
-    """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions."""
+def cast_copy(policy: Policy, dtype: torch.dtype, kind: type[nn.Module] = nn.Module) -> Policy:
+    """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions.
+
+    kind  of modules whose weights are cast; those of others, and those that such a module shares with others, keep theirs
+    """
+    others = (module for module in policy.modules() if not isinstance(module, kind))
+    kept = {id(p) for module in others for p in module.parameters(recurse=False)}
+    cast = lambda p: p.detach().to(p.dtype if id(p) in kept else dtype, copy=True)
     # deepcopy takes what the memo already holds: the weights are copied once, in `dtype`, and tied ones stay tied.
-    memo = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in policy.parameters()}
+    memo = {id(p): nn.Parameter(cast(p), requires_grad=False) for p in policy.parameters()}
     return copy.deepcopy(policy, memo)
 
 

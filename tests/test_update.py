@@ -133,6 +133,17 @@ def test_bf16_scoring_agrees_with_bf16_sampling(policy):
     assert logp.dtype == torch.float32 and gap.mean() < 0.03 and gap.max() < 0.3
 
 
+def test_under_autocast_a_reference_with_bf16_linear_layers_is_the_policy_to_the_last_bit(policy):
+    # As on one GPU. With all weights in bf16 the hidden states would be bf16 too, and the KL would begin above 0.
+    prompts = make_batch(policy, Settings(group_size=2)).prompts
+    rollout = rarl.generate(policy, prompts, 4, 20, 1.0, torch.Generator().manual_seed(0))
+    reference, half = (rarl.cast_copy(policy, torch.bfloat16, kind) for kind in (torch.nn.Linear, torch.nn.Module))
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16, torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logp, same, other = (rarl.logprobs(x, prompts, rollout.ids, rollout.mask)[0] for x in (policy, reference, half))
+    assert torch.equal(logp, same) and not torch.equal(logp, other)
+
+
 def test_activation_checkpointing_gives_the_same_gradients(policy):
     grads = []
     for on in (False, True):
