@@ -50,6 +50,7 @@ from support.blind import best_constants, constant_answer
 from support.eval_settings import output_folder, parse_arguments
 from support.images import unreadable
 from support.pictures import draw_predictions, draw_ranking
+from support.policies import load_any
 from support.results import remarks, results_table
 from support.tables import finite, format_table, mean
 
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _load_policy(args: argparse.Namespace, max_pixels: int | None) -> rarl.Policy:
     _say(f"loading {args.model} ...")
-    policy = rarl.load_policy(args.model, args.device, torch.bfloat16 if args.device.type == "cuda" else torch.float32)
+    policy = load_any(args.model, args.device, torch.bfloat16 if args.device.type == "cuda" else torch.float32)
     if max_pixels:  # areas, in spite of the names
         policy.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": max_pixels}
     return policy

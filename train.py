@@ -57,6 +57,7 @@ from support.loader import load_steps
 from support.model_card import what_was_learned, write_model_card
 from support.monitor import Monitor, UpdateMetrics, dead_base
 from support.pictures import draw_predictions
+from support.policies import load_start
 from support.preflight import load_items, preflight, task_overrides, validation_prompts
 from support.results import Results, remarks, results_table
 from support.run_folder import RunFolder
@@ -381,16 +382,6 @@ def seed_of(*key) -> int:
 # A run
 
 
-def load_start(model: str | Path, s: Settings) -> rarl.Policy:
-    """The policy that a stage begins with, with the settings that concern it."""
-    policy = rarl.load_policy(model)
-    if s.max_pixels:  # areas, in spite of the names
-        policy.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": s.max_pixels}
-    if s.freeze_vision:
-        policy.model.model.visual.requires_grad_(False)
-    return policy
-
-
 def ask_everywhere(learner: Learner, samples: dict[int, list[data.Sample]], name: str = "") -> dict[int, list[dict]]:
     """Number of images -> the policy's greedy answers to these prompts, which are shared among the ranks."""
     s, world, policy = learner.settings, learner.world, learner.rollout_policy
@@ -450,7 +441,7 @@ def run(s: Settings, stop: Stop) -> Results:
             return folder.read_results()
         start = folder.find_start(s, checkpoints, HERE / "tiny" if s.model == "tiny" else s.model)
         train_items, test_items, val_items = load_items(s, world)
-        policy = load_start(start.model, s)
+        policy = load_start(start.model, s, world.device)
         steps = {1: s.steps1, 2: s.steps2}
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
         stages = [make_stage(number, policy, train_items, val_items, s, show=world.main) for number in numbers]

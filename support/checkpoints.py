@@ -1,6 +1,6 @@
-"""Checkpoints of a run: weights and optimiser of all ranks by torch.distributed.checkpoint, written whole or not at all.
+"""Checkpoints of a run: trained weights and optimiser of all ranks by torch.distributed.checkpoint.
 
-And the best policy of a stage, which goes into them.
+Each is written whole or not at all. And the best policy of a stage, which goes into them.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 import rarl
@@ -85,6 +85,16 @@ def trained_weights(policy: rarl.Policy) -> dict[str, Tensor]:
     return {name: p.detach().clone().cpu() for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def trained_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The trained weights (with LoRA the adapters alone) and the optimiser, for dcp to save, or to load into.
+
+    A run that goes on reads the frozen ones where the stage began with them.
+    """
+    model, optim = get_state_dict(learner.policy, optimizer)
+    trained = {name for name, p in learner.policy.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {"model": {name: weight for name, weight in model.items() if name in trained}, "optimizer": optim}
+
+
 class Checkpoints:
     """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
 
@@ -115,8 +125,7 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             self.world.barrier()
-            model, optim = get_state_dict(learner.policy, optimizer)
-            state = {"model": model, "optimizer": optim, "best": best.weights}
+            state = trained_state(learner, optimizer) | {"best": best.weights}
             dcp.save(state, checkpoint_id=beside, no_dist=self.world.size == 1)
             if self.world.main:
                 extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
@@ -165,10 +174,12 @@ class Checkpoints:
 
     def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer, best: Best | None = None) -> None:
         """Read weights and optimiser, and the best policy into the tensors that `best` has."""
-        model, optim = get_state_dict(learner.policy, optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optim, "best": best.weights if best else {}}
+        state = trained_state(learner, optimizer) | {"best": best.weights if best else {}}
         dcp.load(state, checkpoint_id=self.folder / name, no_dist=self.world.size == 1)
-        set_state_dict(learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),  # what is frozen is not in it
+        )  # fmt: skip
         learner.sync_rollout_policy()
 
     def remove(self) -> None:

@@ -2,9 +2,11 @@
 
 Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
 decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
-decoding. This file is the one place that names the compute dtype: bf16 on a GPU, float32 on a CPU.
+decoding. With LoRA nothing is sharded: each rank needs the whole base to decode, and adapters are small. This file
+and support/policies.py are where the compute dtype is named: bf16 on a GPU, float32 on a CPU.
 """
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -13,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import rarl
+from support import lora
 from support.clock import Clock
 from support.settings import SettingError, Settings
 
@@ -78,6 +81,11 @@ class Learner:
                     per token. On one CPU process it is the policy itself.
     reference       the policy as the stage began, frozen; None if beta is 0
 
+    With LoRA (support/lora.py) all three are one module with one copy of the base's weights, frozen and in bf16 on a GPU.
+    policy and rollout_policy have the adapters on, the reference has them off. If the stage began with an adapter (stage 2
+    goes on with that of stage 1), the reference has a frozen copy of that one in their place: a few MB, and exact, which
+    merging it into bf16 weights would not be.
+
     `clock` measures what the phases of a step take.
     """
 
@@ -85,19 +93,22 @@ class Learner:
         self.world, self.settings, self.policy = world, s, policy
         self.clock = Clock()
         self.rollout_policy = policy
-        if world.device.type == "cuda":
+        self.lora = bool(lora.lora_layers(policy))
+        self.vision_frozen = not any(p.requires_grad for p in policy.model.model.visual.parameters())
+        if world.device.type == "cuda" and not self.lora:
             self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16).to(world.device)
-        elif world.size > 1:
+        elif world.size > 1 and not self.lora:
             self.rollout_policy = copy.deepcopy(policy).requires_grad_(False)
         if s.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
         self.shard(policy)
         self.reference: rarl.Policy | None = None
+        self.began: lora.Adapters | None = None  # LoRA: the adapters that the stage began with; None: B was 0
 
     def shard(self, policy: rarl.Policy) -> None:
         """Move the policy to its device; on several processes, give each a part of every layer's weights."""
         world = self.world
-        if world.size == 1:
+        if world.size == 1 or self.lora:
             policy.to(world.device)
             return
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -117,8 +128,14 @@ class Learner:
         make_optimizer_state(self.policy, optimizer)
         self.clock = Clock()
         self.reference = None  # frees the last stage's first
-        if s.beta > 0 and self.world.size == 1:  # computed with exactly as the policy is: their KL begins at 0
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        if s.beta > 0 and self.lora:
+            self.reference, began = self.policy, lora.adapters_of(self.policy)
+            self.began = began if any(B.any() for _, B in began.values()) else None
+        elif s.beta > 0 and self.world.size == 1:
+            # Computed with exactly as the policy is, so that their KL begins at 0: autocast multiplies with bf16 weights, and
+            # leaves embeddings and norms in float32.
+            dtype = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+            self.reference = rarl.cast_copy(self.policy, dtype, nn.Linear)
         elif s.beta > 0:  # the rollout policy holds the same weights whole
             self.reference = copy.deepcopy(self.rollout_policy).cpu().requires_grad_(False)
             self.shard(self.reference)
@@ -142,23 +159,39 @@ class Learner:
         if self.world.device.type == "cuda":
             for prompt in prompts:  # in bf16, as they are multiplied
                 prompt.pixels = prompt.pixels.to(self.world.device, torch.bfloat16)
-        if self.settings.freeze_vision:
+        if self.vision_frozen:
             rarl.encode_images(self.rollout_policy, prompts)
 
     def reference_logprobs(self, batch) -> Tensor | None:
         """(N, T) log pi_ref of a batch's answers; None without a reference."""
         if self.reference is None:
             return None
-        with torch.no_grad():
+        as_begun = lora.adapters_off(self.policy, self.began) if self.lora else contextlib.nullcontext()
+        with torch.no_grad(), as_begun:
             return rarl.logprobs(self.reference, batch.prompts, batch.ids, batch.mask, self.settings.temperature)[0]
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to --max-grad-norm. -> its norm before, the same on all ranks"""
+        if self.lora and self.world.size > 1:  # what FSDP does for sharded weights: the mean of all ranks' gradients
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            together = torch.cat([g.flatten() for g in gradients]) / self.world.size
+            dist.all_reduce(together)
+            for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def save(self, folder: Path) -> None:
-        """Write the float32 weights as a Hugging Face folder, on the main rank; all ranks take part in gathering them."""
+        """Write the adapters in peft's layout, or else the float32 weights as a Hugging Face folder, on the main rank.
+
+        All ranks take part in gathering the weights.
+        """
+        if self.lora:
+            if self.world.main:
+                lora.save_adapter(self.policy, folder)
+                self.policy.tokenizer.save_pretrained(folder)
+                self.policy.image_processor.save_pretrained(folder)
+            return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self.policy, options=options)
         if self.world.main:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import IMAGE, Item, question_text
+from support import lora
 from support.atomic_files import write_text
 from support.results import Results, results_table
 from support.settings import MACHINE, Settings, flag
@@ -42,6 +43,16 @@ def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list
     return [" / ".join(shown(results.get(name, {}).get(n, {}).get(metric)) for n in numbers) for name in names]
 
 
+def _how_to_load(folder: Path) -> tuple[str, str, str]:
+    """What is needed, its imports, and the lines that make `model` of `folder`."""
+    load = "Qwen2_5_VLForConditionalGeneration.from_pretrained"
+    if not (folder / lora.CONFIG).exists():
+        return "transformers alone", "", f"model = {load}(folder)"
+    base = lora.read_config(folder)["base_model_name_or_path"]
+    lines = f'base = {load}("{base}")\nmodel = PeftModel.from_pretrained(base, folder)'
+    return "transformers and peft", "from peft import PeftModel\n", lines
+
+
 def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item], results: Results) -> None:
     """README.md in a saved policy's folder.  name: its row in the results.  items: what it was trained on"""
     questions = sorted({item.task.question for item in items})
@@ -59,6 +70,7 @@ def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item]
     if name == "stage 2":
         stages.append(f"{s.steps2} steps with {' / '.join(map(str, s.images))} images (stage 2)")
     length = " and then ".join(stages)
+    needs, imports, load = _how_to_load(folder)
     content = f"Image 1: {IMAGE}\n" + question_text(items[0].task, 1)
     more = f"\n\nand {len(questions) - 5} more" if len(questions) > 5 else ""
     write_text(
@@ -97,15 +109,15 @@ Trained for {length}. All but these settings are the defaults of train.py:
 
 ## Use
 
-With transformers alone:
+With {needs}:
 
 ```python
-from PIL import Image
+{imports}from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 folder = "{folder}"
-model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+{load}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
 

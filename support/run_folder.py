@@ -3,7 +3,8 @@
 settings.json                what the run was started with
 metrics.jsonl, timing.jsonl  one line a step
 validation.jsonl             one line a validation
-stage1/, stage2/             the policies in Hugging Face layout, with task.json and checksums.json
+stage1/, stage2/             the policies in Hugging Face layout (with LoRA: adapters), with task.json and checksums.json
+stage1-merged/, ...          with --lora-merge: the same with whole weights
 predictions_*.jsonl, .png    answers to the test prompts; before_after.png shows some of every policy
 groups/, curves.png          what training does, in pictures
 results.json, results.txt    the table; results.txt is written last, so a run that has it is complete
@@ -27,9 +28,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+import rarl
 from support.atomic_files import replace_folder, write_text
 from support.checkpoints import Checkpoints, damage, write_checksums
 from support.distributed import Learner, World
+from support.policies import load_merged
 from support.settings import SettingError, Settings, comparable
 from support.tables import finite
 
@@ -116,13 +119,26 @@ class RunFolder:
         write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
 
     def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], None]) -> None:
-        """stage1/ or stage2/: the weights, what `describe(folder)` writes beside them, and checksums of all of it."""
+        """stage1/ or stage2/: the weights, what `describe(folder)` writes beside them, and checksums of all of it.
+
+        With LoRA the weights are an adapter; --lora-merge makes stage1-merged/ or stage2-merged/ of it, with whole weights.
+        """
         path = self.path / f"stage{stage}"
+        self._save(path, learner.save, describe)
+        if learner.settings.lora_merge:
+
+            def save_merged(folder: Path) -> None:
+                if self.world.main:
+                    rarl.save_policy(load_merged(path), folder)
+
+            self._save(path.with_name(path.name + "-merged"), save_merged, describe)
+
+    def _save(self, path: Path, save: Callable[[Path], None], describe: Callable[[Path], None]) -> None:
         beside = path.with_name(path.name + ".writing")
         try:
             if self.world.main:
                 shutil.rmtree(beside, ignore_errors=True)
-            learner.save(beside)
+            save(beside)
             if self.world.main:
                 describe(beside)
                 write_checksums(beside)
@@ -188,8 +204,9 @@ class RunFolder:
             self._take_back((start.stage, step))
             known = self.read_results()
         elif s.stage == 2:
-            if (self.path / "stage2").exists():
-                (self.path / "stage2").rename(free_name(self.path / "stage2"))
+            for old in (self.path / "stage2", self.path / "stage2-merged"):
+                if old.exists():
+                    old.rename(free_name(old))
             (self.path / "results.txt").unlink(missing_ok=True)
             checkpoints.remove()
             self._take_back((2, 0))

@@ -77,6 +77,15 @@ class Settings:
     )
     updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
     max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
+    # LoRA
+    lora_rank: int = setting(0, "train adapters of this rank, not the weights: for one GPU; 0 trains all weights")
+    lora_alpha: float = setting(32.0, "an adapter's product is scaled by alpha / rank")
+    lora_targets: str = setting(
+        "language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision")
+    )
+    lora_merge: bool = setting(
+        False, "write whole weights with the adapter in them too, at a stage's end: stageN-merged/"
+    )
     # Machine
     max_pixels: int | None = setting(
         None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
@@ -125,7 +134,7 @@ PRESETS = {
 # that of the folder, which may have been renamed.
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
-    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track",
+    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track", "lora_merge",
 }  # fmt: skip
 
 
@@ -244,8 +253,8 @@ def check_name(name: str) -> None:
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every")  # fmt: skip
-    positive = ("lr", "max_grad_norm", "temperature")
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
+    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
         *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
@@ -261,6 +270,8 @@ def check_settings(s: Settings) -> None:
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),
         ("clip_low", 0 <= s.clip_low <= 1, "must be from 0 to 1"),
+        ("lora_merge", s.lora_rank or not s.lora_merge, "needs --lora-rank"),
+        ("freeze_vision", "vision" not in s.lora_targets or not s.freeze_vision, "goes with --lora-targets language"),
     ]
     for name, ok, what in rules:
         if not ok:

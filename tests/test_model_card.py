@@ -7,11 +7,14 @@ import math
 import re
 from pathlib import Path
 
+import pytest
+import torch
 from runs import ROOT
 
 import data
 import eval as evaluation
 import rarl
+from support import lora
 from support.model_card import what_was_learned, write_model_card
 from support.settings import Settings
 
@@ -46,12 +49,22 @@ def test_card_says_task_results_and_settings(tmp_path):
     assert json.dumps({"image_id": 2, "value": 17}) in text
 
 
-def test_the_cards_program_gives_the_answer_that_was_evaluated(tmp_path, monkeypatch):
-    """What a user of transformers alone gets is what eval.py gets."""
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_cards_program_gives_the_answer_that_was_evaluated(tmp_path, monkeypatch, adapted):
+    """What a user of transformers alone gets, or of peft, is what eval.py gets."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/rarl/stage1")
     policy = rarl.load_policy(ROOT / "tiny")
     rarl.save_policy(policy, folder)  # in float32, as training does
+    if adapted:
+        rarl.save_policy(policy, "base")
+        policy = rarl.load_policy("base")
+        lora.add_lora(policy.model, 4, 8, "language", torch.Generator().manual_seed(0))
+        for number, layer in enumerate(lora.lora_layers(policy.model).values()):
+            layer.B.data = 0.05 * torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number))
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+        lora.save_adapter(policy.model, folder)
     items = data.load_dataset("dots")
     write_model_card(folder, "stage 1", Settings(), items, RESULTS)
     (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
