@@ -88,9 +88,13 @@ class Run:
 def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     """Raises SettingError if train.py would refuse the settings."""
     name = f"ablate-{experiment}-{slug(variant)}-{seed}"
-    arguments = ["--name", name, *EXPERIMENTS[experiment][variant], "--seed", str(seed), *more]
-    settings = parse_settings(arguments)
-    return Run(name, arguments, json.loads(json.dumps(dataclasses.asdict(settings))))
+    return plan(name, [*EXPERIMENTS[experiment][variant], "--seed", str(seed), *more])
+
+
+def plan(name: str, arguments: list[str]) -> Run:
+    """Raises SettingError if train.py would refuse the settings."""
+    arguments = ["--name", name, *arguments]
+    return Run(name, arguments, json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments)))))
 
 
 def slug(variant: str) -> str:

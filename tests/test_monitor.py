@@ -7,7 +7,8 @@ import torch
 
 import data
 import train
-from support.monitor import Warnings, dead_base, rollout_metrics, rollout_numbers
+from support.clock import Clock
+from support.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
 from support.tables import finite
 
 
@@ -30,6 +31,28 @@ def test_metrics_are_means_over_all_ranks_not_of_their_means():
     rank = lambda errors: {"mae": errors, "reward": [1.0], "advantage": [0.0]}
     assert rollout_metrics([rank([1.0]), rank([3.0, 3.0, 5.0])])["mae"] == 3
     assert rollout_metrics([rank([]), rank([])])["mae"] is None
+
+
+def test_the_progress_line_shows_the_base():
+    log = {"images": 2, "reward": 2.5, "format": 1.0, "mae": 1.25, "ranking": 0.875, "kl": 0.5, "zero_spread": 0.0}
+    base = {"mae": 2.5, "tau": math.nan, "valid": 1.0}
+    text = progress_text(log, base)
+    assert text == "2 images reward=2.50 format=1.00 mae=1.25 (base 2.50) tau=0.75 kl=0.50 no spread=0.00"
+    assert "tau=0.75 (base -0.25)" in progress_text(log, base | {"tau": -0.25})
+    assert "tau" not in progress_text(log | {"images": 1, "ranking": None}, {}) and "(base" not in progress_text(
+        log, {}
+    )
+
+
+def test_a_clock_knows_what_took_how_long(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 3.5, 10.0])
+    monkeypatch.setattr("support.clock.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    for phase in ("rollout", "update", "rollout"):
+        clock.lap(phase)
+    assert clock.take() == {"rollout": 1.5, "update": 2.0}
+    clock.lap("other")
+    assert clock.take() == {"other": 6.5}
 
 
 def test_watch_names_the_failure_signatures_once():

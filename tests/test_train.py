@@ -30,6 +30,10 @@ def test_both_stages_end_to_end(finished):
         assert (l["ranking"] is None) == (l["stage"] == 1)
         assert l["reward"] == pytest.approx(l["regression"] + l["format"] + (l["ranking"] or 0))
     assert log[0]["kl"] == 0  # nothing has moved yet
+    for l in lines(out / "timing.jsonl"):
+        phases = {name: x for name, x in l.items() if name not in ("stage", "step", "seconds")}
+        assert phases.keys() - {"other"} == {"data", "rollout", "reward", "update", "sync"}
+        assert l["seconds"] == pytest.approx(sum(phases.values())) and l["rollout"] > 0 and l["update"] > 0
     table = (out / "results.txt").read_text()
     assert table in printed
     results = json.loads((out / "results.json").read_text())
