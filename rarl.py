@@ -203,14 +203,20 @@ def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] 
     policy.image_processor.save_pretrained(path)
 
 
-def cast_copy(policy: Policy, dtype: torch.dtype, kind: type[nn.Module] = nn.Module) -> Policy:
+def cast_copy(
+    policy: Policy,
+    dtype: torch.dtype,
+    kind: type[nn.Module] = nn.Module,
+    device: torch.device | None = None,
+) -> Policy:
     """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions.
 
-    kind  of modules whose weights are cast; those of others, and those that such a module shares with others, keep theirs
+    kind    of modules whose weights are cast; those of others, and those that such a module shares with others, keep theirs
+    device  where the weights go, one by one, so that the copy never exists where the policy is; buffers stay there
     """
     others = (module for module in policy.modules() if not isinstance(module, kind))
     kept = {id(p) for module in others for p in module.parameters(recurse=False)}
-    cast = lambda p: p.detach().to(p.dtype if id(p) in kept else dtype, copy=True)
+    cast = lambda p: p.detach().to(device or p.device, p.dtype if id(p) in kept else dtype, copy=True)
     # deepcopy takes what the memo already holds: the weights are copied once, in `dtype`, and tied ones stay tied.
     memo = {id(p): nn.Parameter(cast(p), requires_grad=False) for p in policy.parameters()}
     return copy.deepcopy(policy, memo)

@@ -96,7 +96,7 @@ class Learner:
         self.lora = bool(lora.lora_layers(policy))
         self.vision_frozen = not any(p.requires_grad for p in policy.model.model.visual.parameters())
         if world.device.type == "cuda" and not self.lora:
-            self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16).to(world.device)
+            self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16, device=world.device).to(world.device)
         elif world.size > 1 and not self.lora:
             self.rollout_policy = copy.deepcopy(policy).requires_grad_(False)
         if s.activation_checkpointing:
@@ -136,8 +136,8 @@ class Learner:
             # leaves embeddings and norms in float32.
             dtype = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
             self.reference = rarl.cast_copy(self.policy, dtype, nn.Linear)
-        elif s.beta > 0:  # the rollout policy holds the same weights whole
-            self.reference = copy.deepcopy(self.rollout_policy).cpu().requires_grad_(False)
+        elif s.beta > 0:  # the rollout policy holds the same weights whole, where they are sharded: no copy on the host
+            self.reference = copy.deepcopy(self.rollout_policy).requires_grad_(False)
             self.shard(self.reference)
         return optimizer
 

@@ -194,8 +194,8 @@ def test_one_module_in_three_roles(policy_folder, prompts, answers):
 
 
 def test_activation_checkpointing_gives_the_same_gradients(policy_folder, prompts, answers):
-    # The embeddings are frozen, so a reentrant checkpoint would find no input with a gradient and give none at all.
-    # The reference is computed between forward and backward: what is run again in the backward must have the adapters on.
+    # The embeddings are frozen, so no layer's input has a gradient at first. And the reference is computed between forward and
+    # backward: what is run again in the backward must have the adapters on.
     found = []
     for on in (False, True):
         learner = make_learner(policy_folder, activation_checkpointing=on)

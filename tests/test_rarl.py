@@ -410,6 +410,8 @@ def test_cast_copy_is_frozen_and_leaves_buffers_and_ties_alone(policy):
     for name, buffer in policy.named_buffers():
         copied = half.get_buffer(name)
         assert copied.dtype == buffer.dtype and torch.equal(copied, buffer) and copied is not buffer
+    away = rarl.cast_copy(policy, torch.bfloat16, device=torch.device("meta"))
+    assert {p.device.type for p in away.parameters()} == {"meta"} and away.banned.device.type == "cpu"
     same = rarl.cast_copy(policy, torch.float32)
     for ours, copied in zip(policy.parameters(), same.parameters(), strict=True):
         assert torch.equal(ours, copied) and ours.data_ptr() != copied.data_ptr()
