@@ -5,8 +5,8 @@ prefills to sample, and G forwards over the prompt to score. Here the prompt is 
 
   1. `generate` runs vision and prefill once per prompt. While it decodes, the G queries of a group attend to the *one*
      copy of the prompt's keys and values and to their own, under one softmax.
-  2. `logprobs` runs one packed sequence per prompt, [prompt | answer 1 | ... | answer G]. Positions restart at the
-     prompt's end for every answer, and an answer attends to the prompt and to itself.
+  2. `logprobs` runs a packed row, [prompt | answer 1 | ... | answer G], of one prompt or of several, without padding.
+     Positions restart at the prompt's end for every answer, and an answer attends to the prompt and to itself.
 
 Both are exact: the log-probs and gradients are those of G copies, for about 1/G of the work where prompts are long
 (images) and answers short (JSON). The two stand side by side below and share `prompt_inputs` (embeddings, positions),
@@ -20,7 +20,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -278,32 +278,28 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
 
 @dataclass
 class PromptInputs:
-    """B prompts side by side, padded on the right."""
+    """B prompts one behind the other, L tokens in all."""
 
-    embeds: Tensor  # (B, P, C) embeddings of text and images
-    positions: Tensor  # (3, B, P)
-    lengths: Tensor  # (B,) tokens of each prompt
+    embeds: Tensor  # (L, C) embeddings of text and images
+    positions: Tensor  # (3, L)
+    lengths: list[int]  # B, tokens of each prompt
     answer_start: Tensor  # (B,) position of an answer's first token
 
 
 def prompt_inputs(policy: Policy, prompts: Sequence[Prompt]) -> PromptInputs:
     """Token embeddings with the images' features in their places. One pass of the vision tower for all images."""
     model, config, device = policy.model.model, policy.model.config, policy.device
-    lengths = torch.tensor([len(p.ids) for p in prompts])
-    ids = torch.nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=policy.eos_id)
-    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
     merge = config.vision_config.spatial_merge_size
-    for b, p in enumerate(prompts):
-        positions[:, b, : len(p.ids)] = rope_positions(p.ids, p.grid, config.image_token_id, merge)
-    answer_start = positions.amax((0, 2)) + 1  # padding has position 0
-    ids = ids.to(device)
-    embeds = model.language_model.embed_tokens(ids)  # (B, P, C)
+    positions = [rope_positions(p.ids, p.grid, config.image_token_id, merge) for p in prompts]
+    answer_start = torch.stack([x.max() + 1 for x in positions])
+    ids = torch.cat([p.ids for p in prompts]).to(device)
     known = [p.features for p in prompts if p.features is not None]
     features = torch.cat(known if len(known) == len(prompts) else image_features(policy, prompts))
-    is_image = (ids == config.image_token_id).unsqueeze(-1)
-    # masked_scatter fills the places row by row, which is the order of the images: prompt by prompt, image by image.
-    embeds = embeds.masked_scatter(is_image, features.to(embeds.dtype))
-    return PromptInputs(embeds, positions.to(device), lengths.to(device), answer_start.to(device))
+    # masked_scatter fills the places in their order, which is the order of the images: prompt by prompt, image by image.
+    embeds = model.language_model.embed_tokens(ids)  # (L, C)
+    embeds = embeds.masked_scatter((ids == config.image_token_id)[:, None], features.to(embeds.dtype))
+    lengths = [len(p.ids) for p in prompts]
+    return PromptInputs(embeds, torch.cat(positions, dim=1).to(device), lengths, answer_start.to(device))
 
 
 def answer_positions(inputs: PromptInputs, length: int) -> Tensor:
@@ -410,23 +406,24 @@ def group_attention(q: Tensor, prompt: tuple[Tensor, Tensor], answer: tuple[Tens
 def prefill(policy: Policy, prompts: Sequence[Prompt], group_size: int, length: int) -> tuple[Cache, Tensor]:
     """Encode the prompts once. -> the cache, with room for `length` tokens of each answer; (B, C) last hidden state."""
     inputs = prompt_inputs(policy, prompts)
-    B, P, _ = inputs.embeds.shape
     language = policy.model.model.language_model
+    packing = Packing(inputs.lengths, [], policy.device)
     out = language(
-        inputs_embeds=inputs.embeds,
-        position_ids=inputs.positions,
-        attention_mask={"full_attention": Packing(inputs.lengths, P, 0)},
+        inputs_embeds=inputs.embeds[None],
+        position_ids=inputs.positions[:, None],
+        attention_mask={"full_attention": packing},
         past_key_values=DynamicCache(config=policy.model.config.text_config),
         use_cache=True,
     )
-    hidden = out.last_hidden_state  # (B, P, C)
-    last = hidden[torch.arange(B, device=hidden.device), inputs.lengths - 1]
-    prompt = [(layer.keys, layer.values) for layer in out.past_key_values.layers]  # keys are already rotated
-    room = lambda x: x.new_zeros(B, group_size, x.shape[1], length, x.shape[3])  # (B, K, P, D) -> (B, G, K, T, D)
+    last = out.last_hidden_state[0, packing.ends]  # (B, C)
+    places = side_by_side([x for x, _ in packing.prompts]).to(policy.device)  # (B, P)
+    apart = lambda x: x[0, :, places].transpose(0, 1)  # (1, K, L, D) -> (B, K, P, D)
+    prompt = [(apart(layer.keys), apart(layer.values)) for layer in out.past_key_values.layers]  # keys are rotated
+    B, K, P, D = prompt[0][0].shape
+    room = lambda x: x.new_zeros(B, group_size, K, length, D)
     answer = [(room(keys), room(values)) for keys, values in prompt]
-    padding = torch.arange(P, device=hidden.device) >= inputs.lengths[:, None]  # (B, P)
-    bias = torch.zeros(B, 1, 1, P, device=hidden.device).masked_fill(padding[:, None, None], -torch.inf)
-    rotary = language.rotary_emb(hidden, answer_positions(inputs, length))
+    bias = torch.zeros(B, 1, 1, P, device=last.device).masked_fill(places[:, None, None] < 0, -torch.inf)
+    rotary = language.rotary_emb(last, answer_positions(inputs, length))
     return Cache(prompt, answer, bias, rotary), last
 
 
@@ -540,51 +537,81 @@ def generate(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Scoring: one packed sequence per prompt
+# Scoring: one packed row, each prompt in it once
 
 
-@dataclass
 class Packing:
-    """The layout of a packed sequence, given to the attention function in the place of a mask."""
+    """A row of L tokens without padding: [prompt 1 | ... | prompt B | answers of prompt 1 | ... | answers of prompt B].
 
-    lengths: Tensor  # (B,) how many of the P columns of prompt are real
-    P: int
-    G: int  # answers, of equal width, behind the prompt
+    The attention function gets it in the place of a mask. A prompt sees itself, an answer sees its prompt and itself, both
+    causally. What sees what is kept as pairs of places in the row: those of the queries, and those of their keys.
+    """
+
+    def __init__(self, prompts: list[int], answers: list[int], device: torch.device) -> None:
+        """Lengths of B prompts and of B*G answers (or of none)."""
+        B, N, self.device = len(prompts), len(answers), device
+        places = torch.arange(sum(prompts) + sum(answers)).split(prompts + answers)
+        self.prompts = [(x, x) for x in places[:B]]
+        self.answers = [(x, torch.cat([places[n * B // N], x])) for n, x in enumerate(places[B:]) if len(x)]
+        self.ends = torch.stack([x[-1] for x in places[:B]]).to(device)  # (B,) places of the prompts' last tokens
+
+    @cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """All keys' places, the bounds of queries and of keys, the longest of each: what variable-length attention takes."""
+        queries, keys = zip(*self.prompts, *self.answers, strict=True)
+        q, k = ([len(x) for x in places] for places in (queries, keys))
+        bounds = [torch.tensor([0, *lengths]).cumsum(0).int().to(self.device) for lengths in (q, k)]
+        return torch.cat(keys).to(self.device), bounds[0], bounds[1], max(q), max(k)
+
+    @cached_property
+    def rectangles(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """For the prompts and for the answers, n each: places of queries (n, T), of keys (n, S), mask (n, 1, T, S)."""
+        rectangles: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for pairs in filter(None, (self.prompts, self.answers)):
+            queries, keys = (side_by_side(places).to(self.device) for places in zip(*pairs, strict=True))
+            before = (keys >= 0).sum(1) - (queries >= 0).sum(1)  # (n,) keys in front of the first query's own
+            last = before[:, None] + torch.arange(queries.shape[1], device=self.device)  # (n, T) last key that it sees
+            seen = torch.arange(keys.shape[1], device=self.device) <= last[:, None, :, None]
+            rectangles.append((queries, keys, None if pairs is self.prompts else seen))  # None: plainly causal
+        return rectangles
+
+
+def side_by_side(places: Sequence[Tensor]) -> Tensor:
+    """n lists of places in a row -> (n, longest), filled up with -1."""
+    return torch.nn.utils.rnn.pad_sequence(list(places), batch_first=True, padding_value=-1)
 
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The block mask as two calls of exact attention: prompt to prompt (causal), answers to [prompt | themselves].
+    """Exact attention of a packed row: query (1, H, L, D), key and value (1, K, L, D) -> (1, L, H, D), None
 
-    query (B, H, L, D), key and value (B, K, L, D), L = P + G*T. -> (B, L, H, D), None
-    One mask over all L x L pairs would give the same numbers. Most of its pairs would be forbidden, because answers do
-    not see each other. The prompt's padding comes after its tokens, so the causal mask hides it from them.
+    One mask over all L x L pairs would give the same numbers. Most of its pairs would be forbidden.
     """
     packing = attention_mask
     if not isinstance(packing, Packing):  # a call of the backbone in the usual way, with a usual mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves float32
-    P, G = packing.P, packing.G
-    sdpa = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    out = sdpa(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True)  # (B, H, P, D)
-    if G:
-        B, _, L, D = query.shape
-        T = (L - P) // G
-        # (B, heads, G*T, D) -> (B*G, heads, T, D): every answer is a row of its own, behind the prompt's keys.
-        rows = lambda x: x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
-        shared = lambda x: x[:, None, :, :P].expand(-1, G, -1, -1, -1).flatten(0, 1)
-        keys, values = (torch.cat([shared(x), rows(x)], dim=2) for x in (key, value))  # (B*G, K, P+T, D)
-        seen = torch.arange(P, device=query.device) < packing.lengths[:, None]  # (B, P)
-        causal = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
-        mask = torch.cat([seen[:, None].expand(-1, T, -1), causal.expand(B, -1, -1)], dim=2)  # (B, T, P+T)
-        if query.is_cuda:  # with a mask, the fused kernels want as many key heads as query heads
-            keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-        answers = sdpa(rows(query), keys, values, attn_mask=mask.repeat_interleave(G, 0)[:, None])
-        answers = answers.unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3)  # (B, H, G*T, D)
-        out = torch.cat([out, answers], dim=2)
-    return out.transpose(1, 2), None
+    # Under autocast the rotary embedding leaves float32.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, heads, D)
+    if has_varlen(q):  # its causal mask ends at the last query and the last key, so an answer sees all of its prompt
+        places, bounds_q, bounds_k, longest_q, longest_k = packing.sequences
+        attended: Any = varlen_attn(
+            q, k[places], v[places], bounds_q, bounds_k, longest_q, longest_k,
+            scale=scaling, window_size=(-1, 0), enable_gqa=True,
+        )  # fmt: skip
+        return attended[None], None
+    parts = []
+    for queries, keys, seen in packing.rectangles:
+        x, y, z = (x[at].transpose(1, 2) for x, at in ((q, queries), (k, keys), (v, keys)))  # (n, heads, T or S, D)
+        out = F.scaled_dot_product_attention(x, y, z, seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
+        parts.append(out.transpose(1, 2)[queries >= 0])  # (tokens, H, D)
+    return torch.cat(parts)[None], None
+
+
+def has_varlen(x: Tensor) -> bool:
+    """Variable-length attention is a kernel for half precision on a GPU. Its numbers are those of the code below it."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def window_attention(
@@ -597,7 +624,7 @@ def window_attention(
     batch of photographs. Here windows of one length share a call, and a GPU takes all of them in one.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, H, D)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen(q):
         bounds, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)[None], None  # type: ignore[call-overload]
     start, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
@@ -650,25 +677,26 @@ def _packed_logprobs(
     policy: Policy, prompts: Sequence[Prompt], ids: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     inputs = prompt_inputs(policy, prompts)
-    B, P, _ = inputs.embeds.shape
     N, T = ids.shape
-    G = N // B
+    G = N // len(prompts)
     ids, mask = ids.to(policy.device), mask.to(policy.device).bool()
     language = policy.model.model.language_model
-    # Only the first T-1 tokens of an answer go in, because nothing has to be predicted after the last.
-    answers = language.embed_tokens(ids[:, :-1].reshape(B, G * (T - 1)))
-    positions = answer_positions(inputs, T - 1).repeat(1, 1, G)  # (3, B, G*(T-1)), each answer from the prompt's end
+    # An answer's last token does not go in, because nothing has to be predicted after it.
+    goes_in = mask[:, 1:]  # (N, T-1)
+    answers = language.embed_tokens(ids[:, :-1][goes_in])  # (answer tokens, C)
+    positions = answer_positions(inputs, T - 1).repeat_interleave(G, dim=1)[:, goes_in]  # each from its prompt's end
+    packing = Packing(inputs.lengths, goes_in.sum(1).tolist(), policy.device)
     hidden = language(
-        inputs_embeds=torch.cat([inputs.embeds, answers], dim=1),
-        position_ids=torch.cat([inputs.positions, positions], dim=2),
-        attention_mask={"full_attention": Packing(inputs.lengths, P, G if T > 1 else 0)},
+        inputs_embeds=torch.cat([inputs.embeds, answers])[None],
+        position_ids=torch.cat([inputs.positions, positions], dim=1)[:, None],
+        attention_mask={"full_attention": packing},
         use_cache=False,
-    ).last_hidden_state  # (B, P + G*(T-1), C)
-    # The first token of an answer is predicted at the prompt's last token, token t at token t-1.
-    first = hidden[torch.arange(B, device=hidden.device), inputs.lengths - 1]  # (B, C)
-    first = first[:, None, None].expand(-1, G, 1, -1)
-    predicting = torch.cat([first, hidden[:, P:].unflatten(1, (G, T - 1))], dim=2).flatten(0, 1)  # (N, T, C)
-    logps, entropies = _token_logprobs(policy, predicting[mask], ids[mask], temperature)
+    ).last_hidden_state[0]  # (L, C)
+    # The first token of an answer is predicted at its prompt's last token, token t at token t-1.
+    first = packing.ends.repeat_interleave(G)[:, None]  # (N, 1)
+    before = len(inputs.embeds) - 1 + goes_in.flatten().cumsum(0).view_as(goes_in)  # (N, T-1), right where goes_in is
+    predicting = hidden[torch.cat([first, before], dim=1)[mask]]  # (tokens to predict, C)
+    logps, entropies = _token_logprobs(policy, predicting, ids[mask], temperature)
     logp = torch.zeros(N, T, device=ids.device).masked_scatter(mask, logps)
     entropy = torch.zeros(N, T, device=ids.device).masked_scatter(mask, entropies)
     return logp, entropy

@@ -163,7 +163,7 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -
     old_logps: list[Tensor] = []  # (N, T) of each micro-batch: the policy before the first update
     log: dict[str, Any] = {}
     for epoch in range(s.updates):
-        metrics = UpdateMetrics()
+        metrics = UpdateMetrics(s.max_tokens_per_forward)
         for i, (micro, weight) in enumerate(micros):
             with learner.autocast():
                 logp, entropy = rarl.logprobs(policy, micro.prompts, micro.ids, micro.mask, s.temperature)  # (N, T)

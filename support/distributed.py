@@ -202,18 +202,19 @@ class Learner:
 
 
 def micro_batches(batch, wanted: list[int], limit: int) -> list[list[int]]:
-    """Prompts in micro-batches whose packed rectangle (prompts, answers and padding) holds at most `limit` tokens.
+    """Prompts in micro-batches whose packed rows (prompts and answers, without padding) hold at most `limit` tokens.
 
-    Sorted by length, so that little of a rectangle is padding. One prompt that is over the limit goes alone.
+    Prompts of like length come together, because attention on a CPU pads them. One that is over the limit goes alone.
     """
     G = batch.advantages.shape[1]
-    prompt = [len(p.ids) for p in batch.prompts]
-    answer = batch.mask.view(len(prompt), G, -1).sum(-1).amax(1).tolist()  # longest answer of each group
+    answers = batch.mask.view(len(batch.prompts), -1).sum(1).tolist()  # tokens of each group's answers
+    tokens = [
+        len(p.ids) + n - G for p, n in zip(batch.prompts, answers, strict=True)
+    ]  # an answer's last does not go in
     micros: list[list[int]] = []
-    for b in sorted(wanted, key=lambda b: (prompt[b] + G * answer[b], b)):
-        more = [*micros[-1], b] if micros else [b]
-        if micros and len(more) * (max(prompt[i] for i in more) + G * max(answer[i] for i in more)) <= limit:
-            micros[-1] = more
+    for b in sorted(wanted, key=lambda b: (tokens[b], b)):
+        if micros and sum(tokens[i] for i in [*micros[-1], b]) <= limit:
+            micros[-1].append(b)
         else:
             micros.append([b])
     return micros

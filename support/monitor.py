@@ -60,7 +60,8 @@ class UpdateMetrics:
     """Metrics of one pass over the micro-batches, kept as sums over tokens: they add up over micro-batches and ranks,
     means would not."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens_per_forward: int) -> None:
+        self.limit = max_tokens_per_forward
         self.sums: list[dict[str, float]] = []
 
     def add(self, micro, logp: Tensor, entropy: Tensor, loss: Tensor, stats: dict[str, Tensor]) -> None:
@@ -78,6 +79,7 @@ class UpdateMetrics:
             "gap": gap.sum(),
             "gap_max": gap.max(),
             "mutated_logp": logp.masked_fill(sampled, 0.0).sum(),
+            "packed": sum(len(p.ids) for p in micro.prompts) + (micro.mask.sum(1) - 1).sum(),
         }
         self.sums.append({name: float(value) for name, value in sums.items()})
 
@@ -97,6 +99,7 @@ class UpdateMetrics:
             "logp_gap_mean": average("gap", sampled),
             "logp_gap_max": max((part["gap_max"] for part in parts), default=None),
             "mutated_logp": average("mutated_logp", tokens - sampled),
+            "pack_fill": total["packed"] / (len(parts) * self.limit) if parts else None,
         }
 
 

@@ -93,7 +93,7 @@ class Settings:
     freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
     device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
     max_tokens_per_forward: int = setting(
-        32768, "packed tokens, padding too, in one forward of the update: bounds its memory"
+        32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory"
     )
     rollout_batch: int = setting(
         64, "prompts of a process that are encoded and decoded together: bounds the rollout's memory"

@@ -1,6 +1,7 @@
 """The policy: sampling and scoring, once per group, against transformers' own forward over G copies of the prompt."""
 
 import copy
+import inspect
 import json
 import shutil
 
@@ -125,6 +126,55 @@ def test_padding_of_other_prompts_and_answers_does_not_leak(policy, prompts, rol
     # What stands behind an answer's end must not matter.
     poisoned = torch.where(rollout.mask, rollout.ids, 5)
     torch.testing.assert_close(rarl.logprobs(policy, prompts, poisoned, rollout.mask)[0], together, atol=1e-5, rtol=0)
+
+
+def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # fmt: skip
+    """torch's varlen_attn, whose kernel only a GPU has: what it asks of its arguments, and its numbers by plain maths."""
+    assert query.dtype == key.dtype == value.dtype and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and len(key) == len(value)
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max()) and (cu_seq_q.diff() > 0).all()
+    R = query.shape[1] // key.shape[1]
+    assert enable_gqa or R == 1
+    out = []
+    for (a, b), (c, d) in zip(cu_seq_q.unfold(0, 2, 1).tolist(), cu_seq_k.unfold(0, 2, 1).tolist(), strict=True):
+        q, (k, v) = query[a:b].float(), [x[c:d].repeat_interleave(R, 1).float() for x in (key, value)]
+        logits = scale * torch.einsum("qhd,khd->hqk", q, k)
+        if window_size == (-1, 0):  # flash attention's causal mask: the last query sees up to the last key
+            logits = logits.masked_fill(~torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v))
+    return torch.cat(out).to(query.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_variable_length_attention_gives_the_same(policy, prompts, rollout, monkeypatch, dtype):
+    # What a GPU would run: bounds, gathered keys and heads, in sampling, scoring and the vision tower.
+    both = []
+    mask = rollout.mask & (torch.arange(rollout.mask.shape[1]) < torch.arange(len(rollout.mask))[:, None] + 1)
+    for varlen in (False, True):
+        trained, calls = copy.deepcopy(policy), []
+        monkeypatch.setattr(rarl, "has_varlen", lambda x, varlen=varlen: varlen)
+        monkeypatch.setattr(rarl, "varlen_attn", lambda *a, **k: calls.append(len(a[1])) or varlen_by_hand(*a, **k))  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logp, _ = rarl.logprobs(trained, prompts, rollout.ids, mask)
+            sampled = rarl.generate(trained, prompts, 1, 3, temperature=0)
+        if dtype == torch.float32:
+            logp.sum().backward()
+        both.append((logp, sampled.logp, {n: p.grad for n, p in trained.named_parameters()}))
+        assert bool(calls) == varlen
+    (logp, sampled, grads), (varlen_logp, varlen_sampled, varlen_grads) = both
+    exact = dtype == torch.float32
+    torch.testing.assert_close(varlen_logp, logp, atol=1e-5 if exact else 0.2, rtol=0)
+    torch.testing.assert_close(varlen_sampled, sampled, atol=1e-5 if exact else 0.2, rtol=0)
+    for name, grad in grads.items() if exact else ():
+        scale = grad.norm() if "k_proj.bias" not in name else 1e3 * grad.norm() + 1
+        assert (varlen_grads[name] - grad).norm() <= 1e-5 * scale, name
+
+
+def test_variable_length_attention_is_called_as_torch_has_it():
+    theirs, ours = (inspect.signature(f).parameters.values() for f in (rarl.varlen_attn, varlen_by_hand))
+    assert [(p.name, p.kind, p.default) for p in ours] == [
+        (p.name, p.kind, p.default) for p in theirs if p.name in {q.name for q in ours}
+    ]
 
 
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [4, 9, 4, 1, 9], [5]])

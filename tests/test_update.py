@@ -43,9 +43,9 @@ def gradients_of_update(learner, batch):
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_micro_batches_change_nothing(policy, normalize):
-    grads = []
-    for limit in (10**6, 500, 1):
+def test_micro_batches_change_nothing(policy, normalize, monkeypatch):
+    grads, pack = [], rarl.Packing.__init__
+    for limit in (10**6, 400, 1):
         s = Settings(group_size=4, normalize=normalize, max_tokens_per_forward=limit, max_grad_norm=1e9, beta=0.1)
         learner = Learner(copy.deepcopy(policy), CPU, s)
         learner.reference = copy.deepcopy(policy)
@@ -53,8 +53,18 @@ def test_micro_batches_change_nothing(policy, normalize):
             learner.reference.model.lm_head.weight += 0.01
         batch = make_batch(policy, s)
         lots = micro_batches(batch, [0, 1, 2], limit)
-        assert sorted(b for lot in lots for b in lot) == [0, 1, 2] and len(lots) == {10**6: 1, 500: 2, 1: 3}[limit]
+        assert sorted(b for lot in lots for b in lot) == [0, 1, 2] and len(lots) == {10**6: 1, 400: 2, 1: 3}[limit]
+        rows = []  # widths of what goes through the language model, policy and reference in turn
+        note = lambda self, prompts, answers, device, rows=rows: (
+            rows.append(sum(prompts + answers)) or pack(self, prompts, answers, device)
+        )
+        monkeypatch.setattr(rarl.Packing, "__init__", note)
         grads.append(gradients_of_update(learner, batch))
+        # All prompts once, and of every answer the tokens that predict another: no padding.
+        assert sum(rows[::2]) == sum(len(p.ids) for p in batch.prompts) + int(batch.mask.sum()) - len(batch.mask)
+        assert len(lots) == 3 or max(rows) <= limit
+        assert grads[-1][1]["pack_fill"] == pytest.approx(sum(rows[::2]) / (len(lots) * limit))
+        monkeypatch.undo()
     for seen, log in grads[1:]:
         for name, grad in grads[0][0].items():
             scale = grad.norm() if "k_proj.bias" not in name else 1.0
