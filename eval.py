@@ -47,6 +47,7 @@ import reward
 from support import ranking, saved_task
 from support.atomic_files import write_text
 from support.blind import best_constants, constant_answer
+from support.checkpoints import check_policy
 from support.eval_settings import output_folder, parse_arguments
 from support.images import unreadable
 from support.pictures import draw_predictions, draw_ranking
@@ -322,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         rarl.check_path(args.model)  # before the data is read and the output folder made
+        check_policy(args.model)
         _rank(args) if args.rank else _evaluate(args)
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when the interpreter ends
     except (data.DataError, rarl.ModelError, OSError) as error:  # the user's; a bug keeps its traceback

@@ -55,6 +55,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def check_policy(folder: str | Path) -> None:
+    """Raise ModelError if a policy that training saved is no longer what was saved: it would answer differently, silently."""
+    if (Path(folder) / "checksums.json").is_file() and (wrong := damage(Path(folder))):
+        raise rarl.ModelError(
+            f"model {folder}: {wrong}: restore the folder, train again, or delete its checksums.json if the change is yours"
+        )
+
+
 class Best:
     """The policy of a stage that earned most on the validation prompts so far. Empty if there is no validation.
 

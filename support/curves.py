@@ -54,7 +54,14 @@ def read_run(folder: Path) -> list[dict]:
             for line in _lines(folder / f"{name}.jsonl") if (folder / f"{name}.jsonl").exists() else ():
                 of_step = line["images"] if name == "validation" else line
                 extra.setdefault((line["stage"], line["step"]), {})[name] = dict(of_step)
-        return [step | extra.get((step["stage"], step["step"]), {}) for step in steps]
+        steps = [step | extra.get((step["stage"], step["step"]), {}) for step in steps]
+        for step in steps:
+            shown = [step.get(name) for kind, name, _, _ in PANELS if kind in ("sampled", "step")]
+            if type(step["images"]) is not int or not all(x is None or isinstance(x, int | float) for x in shown):
+                raise ValueError(f"stage {step['stage']}, step {step['step']} is damaged")
+        if not steps:
+            raise ValueError("there is no step in it")
+        return steps
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CurvesError(f"{folder} holds no metrics that can be read ({error})") from None
 
@@ -135,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "curves.png"
     try:
+        if not out.suffix:  # matplotlib would write to out.png
+            raise CurvesError(f"--out {out} must be the name of a picture, such as curves.png")
         draw_curves({str(folder): read_run(folder) for folder in args.runs}, out)
     except (CurvesError, OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of picture
         sys.exit(f"curves: {error}")

@@ -9,6 +9,7 @@ import torch
 
 from data import DataError
 from support.saved_task import FIELDS
+from support.settings import is_utf8
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -33,7 +34,7 @@ def _device(text: str) -> torch.device:
 
 
 def _text(text: str) -> str:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line that are no UTF-8
+    if not is_utf8(text):
         raise argparse.ArgumentTypeError("it is no UTF-8 text")
     return text
 

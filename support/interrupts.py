@@ -45,6 +45,8 @@ class Stop:
             yield
         finally:
             self.waiting = False
+        if self.signal:  # it came after the loop had looked for the last time
+            raise Interrupted(self.signal)
 
 
 def lost_process(error: RuntimeError) -> str | None:

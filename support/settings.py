@@ -179,7 +179,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if values["resume"]:
         run = Path("runs") / values["name"]
         if (run / "settings.json").is_file():
-            values = resumed_settings(run, typed)
+            values = resumed_settings(run, {"data": preset} | typed if preset else typed)
         elif run.is_dir() and any(file.suffix != ".writing" for file in run.iterdir()):
             raise SettingError(
                 f"--resume: {run} has no settings.json, which says how it was started: put it back, or start without "
@@ -245,6 +245,11 @@ def comparable(s: Settings) -> dict:
     return {name: value for name, value in dataclasses.asdict(s).items() if name not in MACHINE}
 
 
+def is_utf8(text: str) -> bool:
+    """False for bytes of the command line that are no UTF-8: Python keeps them as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_name(name: str) -> None:
     if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\") or len(name.encode()) > 200:
         raise SettingError(f"--name {name[:80]!r} must be a plain folder name")
@@ -255,10 +260,12 @@ def check_settings(s: Settings) -> None:
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature", "lora_alpha")
+    text = ("question", "order")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
         *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
         *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in positive),
+        *((name, is_utf8(getattr(s, name) or ""), "is no UTF-8 text") for name in text),
         ("group_size", s.group_size >= 2, "must be at least 2: a group of one has no spread, so no advantage"),
         ("steps1", s.steps1 >= (s.stage == 1), "must not be negative, and not 0 with --stage 1"),
         ("steps2", s.steps2 >= (s.stage == 2), "must not be negative, and not 0 with --stage 2"),

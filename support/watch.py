@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data import Sample
-from support.curves import draw_curves, read_run
+from support.curves import CurvesError, draw_curves, read_run
 from support.group_sheet import draw_group
 from support.pictures import draw_before_after
 from support.tables import finite
@@ -43,7 +44,10 @@ def watch_group(folder: Path, stage: int, step: int, batch) -> None:
 def watch_curves(folder: Path) -> None:
     """Write curves.png, if matplotlib is there."""
     if importlib.util.find_spec("matplotlib"):
-        draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
+        try:
+            draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
+        except CurvesError as error:  # lines of an earlier stage that somebody changed: no reason to stop
+            print(f"no curves: {error}", file=sys.stderr)
 
 
 def compare_policies(folder: Path, names: Iterable[str], samples: dict[int, list[Sample]]) -> None:

@@ -68,3 +68,34 @@ def test_damage_is_named(run):
         curves.read_run(run)
     with pytest.raises(SystemExit, match="curves: .*nowhere holds no metrics"):
         curves.main([str(run / "nowhere")])
+
+
+GOOD = '{"stage": 1, "step": 0, "images": 1, "reward": 0.5}\n'
+
+
+@pytest.mark.parametrize(
+    "metrics, timing",
+    [
+        ("", ""),
+        ("[1]\n", ""),
+        ('{"stage": 1, "step": 0}\n', ""),
+        (GOOD.replace("0.5", '"x"'), ""),
+        (GOOD + GOOD.replace('"images": 1', '"images": "2"'), ""),
+        (GOOD, '{"stage": 1}\n'),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path, metrics, timing):
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    (tmp_path / "timing.jsonl").write_text(timing)
+    with pytest.raises(SystemExit, match=f"curves: {tmp_path} holds no metrics that can be read"):
+        curves.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("out", ["x.xyz", "nowhere/x.png", "folder"])
+def test_a_picture_that_cannot_be_written(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(GOOD)
+    with pytest.raises(SystemExit, match="curves: "):
+        curves.main([".", "--out", out])
+    assert not list(tmp_path.glob("**/*.png"))

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import rarl
+from support.checkpoints import write_checksums
 from support.saved_task import save_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,6 +316,20 @@ def test_a_policy_is_asked_what_it_was_trained_on(ranker, folder, tmp_path, monk
         run("--data", "dots", *small)
 
 
+@pytest.mark.parametrize("what", [["--data", "dots"], ["--rank", "photos"]])
+def test_a_policy_that_is_not_what_was_saved_is_refused(tmp_path, what):
+    for name in ("model.safetensors", "task.json"):
+        (tmp_path / name).write_text("as saved")
+    write_checksums(tmp_path)
+    (tmp_path / "model.safetensors").write_text("as saveD")
+    with pytest.raises(SystemExit, match="model.safetensors was altered: restore the folder"):
+        evaluation.main(["--model", str(tmp_path), "--device", "cpu", *what])
+    (tmp_path / "model.safetensors").write_text("as saved")
+    (tmp_path / "task.json").unlink()  # else it would be asked another question, silently
+    with pytest.raises(SystemExit, match="is incomplete.*task.json"):
+        evaluation.main(["--model", str(tmp_path), "--device", "cpu", *what])
+
+
 def test_images_are_shrunk_as_asked(policy, tmp_path, monkeypatch):
     policy.image_processor = SimpleNamespace(size={"shortest_edge": 5, "longest_edge": 6})
     policy.said = defaultdict(lambda: answer((1, 5)))
@@ -338,8 +353,8 @@ def test_a_blind_policy_is_named(policy, tmp_path, monkeypatch, capsys):
     arguments = f"--model m/x --data dots --images 2 --samples 12 --device cpu --out {tmp_path}/out"
     evaluation.main(arguments.split())
     output = capsys.readouterr().out
-    assert "note: the policy says 1 for 100% of the images" in output
-    assert "note: the policy lists the images in the order of the prompt in 100% of its answers" in output
+    assert "note: the policy says one value of nearly all images" in output
+    assert "in the order of the prompt, so its tau is chance: 100% of its lists at 2 images" in output
 
 
 def test_an_unreadable_test_image_is_named_before_the_model_is_loaded(tmp_path, monkeypatch):

@@ -68,26 +68,37 @@ def test_remarks_name_a_policy_that_says_one_value_nearly_always():
     assert remarks(judged(*right)) == []
     once = [(sample(n), answer((1, 1 if n else 7))) for n in range(10)]  # 9 of 10
     (said,) = remarks(judged(*once))
-    assert "says 1 for 90% of the images, whose label it is for 10%" in said
+    assert "one value of nearly all images" in said
+    assert said.endswith(": 1 for 90% of them at 1 image, whose label it is for 10%")
     assert remarks(judged(*once[:9])) == [], "fewer may be chance"
     eight = [(sample(n), answer((1, 1 if n > 1 else 7 + n))) for n in range(10)]
     assert remarks(judged(*eight)) == []
 
 
-def test_remarks_name_a_policy_that_lists_in_prompt_order():
-    def listed(in_order, others):
-        orders = [(1, 2, 3)] * in_order + [(2, 1, 3)] * others
-        return judged(*((sample(3, 2, 1), answer(*((i, 10 * k + i) for i in order))) for k, order in enumerate(orders)))
+def listed(in_order, others):
+    orders = [(1, 2, 3)] * in_order + [(2, 1, 3)] * others
+    return judged(*((sample(3, 2, 1), answer(*((i, 10 * k + i) for i in order))) for k, order in enumerate(orders)))
 
-    (said,) = remarks(listed(19, 1))  # 95 %
-    assert "in the order of the prompt in 95% of its answers" in said
+
+def test_remarks_name_a_policy_that_lists_in_prompt_order():
+    (said,) = remarks(listed(19, 1))
+    assert "in the order of the prompt" in said and said.endswith(": 95% of its lists at 3 images")
     assert remarks(listed(18, 2)) == [] and remarks(listed(9, 0)) == []
     single = judged(*((sample(n), answer((1, n))) for n in range(10)))
     assert remarks(single) == [], "one image has no order"
 
 
+def test_each_number_of_images_is_looked_at_by_itself():
+    """A policy that sorts two images and never three: the many that it sorts must not hide it."""
+    pairs = [(sample(9, k % 9), answer((2, k), (1, 9))) for k in range(60)]
+    (said,) = remarks(judged(*pairs) + listed(20, 0))
+    assert said.endswith(": 100% of its lists at 3 images")
+
+
 def test_remarks_say_on_how_few_answers_the_numbers_rest():
-    predictions = judged((sample(1, 2), answer((1, 1), (2, 2))), *[(sample(1, 2), "?")] * 59)
-    assert remarks(predictions) == ["only 1 of 60 answers are valid: what is said of values and order rests on these"]
+    four = [(sample(1, 2, 3, 4), "?")] * 59 + [(sample(1, 2, 3, 4), answer(*((i, i) for i in range(1, 5))))]
+    good = [(sample(k % 9), answer((1, k))) for k in range(90)]
+    (said,) = remarks(judged(*good, *four))
+    assert said == "few answers are valid, and what is said of values and order rests on these: 1 of 60 at 4 images"
     assert remarks(judged((sample(1), answer((1, 1))), (sample(1), "?"))) == []
     assert remarks([]) == []

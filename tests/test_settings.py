@@ -20,6 +20,7 @@ from support.settings import SettingError, Settings, parse_settings
         (["--stage", "1", "--steps1", "0"], "--steps1 0 must not be negative, and not 0 with --stage 1"),
         (["--name", "../x"], "--name '../x' must be a plain folder name"),
         (["--name", "a\x00b"], "must be a plain folder name"),
+        (["--question", "\udcff?"], "is no UTF-8 text"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):
@@ -91,6 +92,7 @@ def test_what_an_out_of_memory_error_asks_for_may_change(saved):
         (["--no-freeze-vision"], "has --freeze-vision True, not False"),
         (["--images", "2"], "has --images 1 2 4 8, not 2"),
         (["--lr", "1e-9"], "has --lr 0.0005, not 1e-09"),  # smaller only after a stop by bad steps
+        (["--preset", "coco"], "has --data dots, not coco"),
     ],
 )
 def test_another_setting_would_be_another_run(saved, arguments, message):

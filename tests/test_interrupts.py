@@ -1,0 +1,63 @@
+"""support/interrupts.py: a signal is heard at once, or noted until the loop looks, and never lost."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import train
+from support.interrupts import Interrupted, Stop
+
+
+@pytest.fixture
+def stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Stop()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_outside_the_loop_a_signal_ends_at_once(stop):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_inside_the_first_is_noted_and_the_second_ends_at_once(stop):
+    with pytest.raises(Interrupted, match="SIGINT"), stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it goes on")
+
+
+def test_a_signal_after_the_loops_last_look_is_not_ignored(stop):
+    """While the stage's last checkpoint is written, for instance."""
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "a process that reads images was ended from outside"),
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", "another process of this run was lost"),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "--resume with a smaller --max-tokens-per-forward"),
+        ("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory", "out of memory"),
+    ],
+)  # fmt: skip
+def test_a_process_that_is_lost_is_one_sentence(monkeypatch, capsys, stop, error, said):
+    def dies(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(train, "run", dies)
+    with pytest.raises(SystemExit) as end:
+        train.main([])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and line.startswith("train.py: ") and said in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, stop):
+    monkeypatch.setattr(train, "run", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        train.main([])
