@@ -155,8 +155,9 @@ def test_old_logp_of_every_answer_is_that_before_the_first_update(policy, items,
 
 
 def test_a_frozen_tower_is_asked_once_and_not_trained(policy, items, monkeypatch):
-    learner, stage = make_learner(policy, freeze_vision=True, beta=0.1), make_stage(items)
-    learner.policy.model.model.visual.requires_grad_(False)
+    frozen = copy.deepcopy(policy)
+    frozen.model.model.visual.requires_grad_(False)  # as --freeze-vision loads it
+    learner, stage = make_learner(frozen, beta=0.1), make_stage(items)
     learner.begin_stage()
     samples = stage.sampler.batch(0)
     prompts = data.make_prompts(learner.policy, samples)
