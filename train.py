@@ -50,7 +50,7 @@ import grpo
 import rarl
 import reward
 import rmo
-from support.checkpoints import Checkpoints
+from support.checkpoints import Checkpoints, check_policy
 from support.distributed import Learner, micro_batches_on_all_ranks, start_world
 from support.interrupts import Interrupted, Stop, leave, lost_process
 from support.loader import load_steps
@@ -106,7 +106,6 @@ def train_stage(
             stopped = max(world.gather(stop.signal))
             # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
             if monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
-                monitor.sync()
                 checkpoints.save(stage.number, done, learner, optimizer, history, best)
             if stopped:
                 raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
@@ -434,13 +433,17 @@ def run(s: Settings, stop: Stop) -> Results:
     folder = RunFolder(Path("runs") / s.name, world)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, s.keep)
     with folder.owned():
-        if s.resume and (table := folder.table()):
+        if s.resume and (done := folder.complete(s, checkpoints)):
             if world.main:
-                print(f"the run in {folder.path} is complete:\n\n{table}")
-                checkpoints.remove()
-            return folder.read_results()
+                print(f"the run in {folder.path} is complete:\n\n{results_table(done)}")
+                folder.finish(results_table(done), checkpoints)
+            return done
         start = folder.find_start(s, checkpoints, HERE / "tiny" if s.model == "tiny" else s.model)
+        if world.main:
+            check_policy(start.model)
         train_items, test_items, val_items = load_items(s, world)
+        if world.main:
+            print(f"loading {start.model}", file=sys.stderr)
         policy = load_start(start.model, s, world.device)
         steps = {1: s.steps1, 2: s.steps2}
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import rarl
 import rmo
-from support.atomic_files import replace_folder
+from support.atomic_files import replace_folder, write_text
 from support.distributed import Learner, World
 from support.settings import SettingError, comparable
 
@@ -103,11 +103,17 @@ def trained_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[st
     return {"model": {name: weight for name, weight in model.items() if name in trained}, "optimizer": optim}
 
 
+# What grows in a run's folder.
+WRITTEN = ("results.json", "metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl")
+
+
 class Checkpoints:
     """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
 
     Written beside under another name and renamed when complete, with a checksum of every file: a crash while writing
-    costs nothing, and damage is noticed on reading. There is no random state in one: see `seed_of` in train.py.
+    costs nothing, and damage is noticed on reading. With the weights goes a copy of what the run has written so far: a
+    resumed run goes on from that copy, whatever has happened to the file. There is no random state in one: see
+    `seed_of` in train.py.
     """
 
     def __init__(self, folder: Path, world: World, keep: int):
@@ -139,6 +145,9 @@ class Checkpoints:
                 extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
                 extra["best"] = {"reward": best.reward, "step": best.step} if best.weights else None
                 (beside / "extra.json").write_text(json.dumps(extra))
+                for file in (self.folder.parent / written for written in WRITTEN):
+                    if file.exists():
+                        shutil.copy(file, beside / file.name)
                 write_checksums(beside)
                 replace_folder(beside, self.folder / name)
                 for old in self.names()[self.keep :]:
@@ -168,6 +177,16 @@ class Checkpoints:
 
     def extra(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name / "extra.json").read_text())
+
+    def put_back(self, name: str) -> None:
+        """Make what the run has written what it was when this checkpoint was saved."""
+        for file in (self.folder.parent / written for written in WRITTEN):
+            copy = self.folder / name / file.name
+            if copy.exists():
+                file.parent.mkdir(exist_ok=True)
+                write_text(file, copy.read_text(encoding="utf-8"))
+            else:
+                file.unlink(missing_ok=True)
 
     def restore(
         self, name: str | None, learner: Learner, optimizer: torch.optim.Optimizer

@@ -234,12 +234,6 @@ class Monitor:
         file.write(json.dumps(finite(entry)) + "\n")
         file.flush()
 
-    def sync(self) -> None:
-        """Bring the log to the disk: it must not be older than the checkpoint that is written next."""
-        if self.world.main:
-            os.fsync(self.metrics.fileno())
-            os.fsync(self.validation.fileno())
-
 
 def progress_text(log: dict, base: dict) -> str:
     """A step in few words: "2 images reward=2.45 format=1.00 mae=1.20 (base 2.44) tau=0.75 (base 0.08) kl=0.03 ...".

@@ -30,13 +30,12 @@ from safetensors import SafetensorError
 
 import rarl
 from support.atomic_files import replace_folder, write_text
-from support.checkpoints import Checkpoints, damage, write_checksums
+from support.checkpoints import WRITTEN, Checkpoints, write_checksums
 from support.distributed import Learner, World
 from support.policies import load_merged
+from support.results import Results, results_table
 from support.settings import SettingError, Settings, comparable
 from support.tables import finite
-
-Results = dict[str, dict[int, dict]]  # row of the table ("base", "stage 1") -> number of images -> metrics
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class RunFolder:
             file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):  # what POSIX says of a lock that another process holds
                 file.seek(0)
                 refusal = (
                     f"{self.path} belongs to a run that is still going ({file.read().strip() or lock}): wait for it, "
@@ -95,24 +94,34 @@ class RunFolder:
             if file is not None:
                 file.close()
 
-    def table(self) -> str | None:
-        """The results of a run that is complete, else None. The same on all ranks."""
-        file = self.path / "results.txt"
-        text = file.read_text(encoding="utf-8") if self.world.main and file.is_file() else None
-        return self.world.gather(text)[0]
+    def complete(self, s: Settings, checkpoints: Checkpoints) -> Results | None:
+        """The results of a run that is complete, else None. The same on all ranks. Raises SettingError if they are damaged.
+
+        It is complete from the moment that results.txt is there. If somebody deletes that, results.json still tells.
+        """
+        results, file = None, self.path / "results.txt"
+        if self.world.main and (file.exists() or not checkpoints.names()):
+            known = self.read_results()
+            if last_row(s) in known:
+                results = known
+                if file.exists() and file.read_text(encoding="utf-8", errors="replace") != results_table(known) + "\n":
+                    raise SettingError(
+                        f"{file} does not show what results.json holds, so one of them was changed: restore it, or "
+                        "delete results.txt and --resume, which writes it again"
+                    )
+        return self.world.gather(results)[0]
 
     def read_results(self) -> Results:
         """results.json, whose keys are strings and whose undefined metrics are null. {} if there is none."""
         file = self.path / "results.json"
-        if not file.exists():
+        if not os.path.lexists(file):
             return {}
-        nan = lambda row: {k: math.nan if v is None else v for k, v in row.items()}
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-            return {name: {int(n): nan(row) for n, row in rows.items()} for name, rows in known.items()}
+            return {name: {int(n): _metrics(row) for n, row in rows.items()} for name, rows in known.items()}
         except (OSError, ValueError, AttributeError) as error:
             raise SettingError(
-                f"{file} is damaged ({error}): delete it and --resume; the rows of stages that are done will be missing"
+                f"{file} is damaged ({error}): restore it, or delete it and --resume; its rows may then be missing"
             ) from None
 
     def write_results(self, results: Results) -> None:
@@ -164,6 +173,11 @@ class RunFolder:
         if checkpoint:
             self._check_settings_of(checkpoint, s, checkpoints)
         stage = int(checkpoint[0]) if checkpoint else s.stage or 1
+        if s.resume and not checkpoint and stage == 1 and (self.path / "stage1").exists():
+            raise SettingError(
+                f"--resume: stage 1 of {self.path} is finished, but there is no checkpoint to go on from: restore "
+                f"{checkpoints.folder}, go on with --stage 2 in the place of --resume, or start without --resume"
+            )
         if stage == 1 or (s.stage != 2 and s.steps1 == 0):
             return Start(stage, checkpoint, model, "base")
         first = self.path / "stage1"
@@ -173,8 +187,6 @@ class RunFolder:
             )
         if not (first / "checksums.json").is_file():
             print(f"{first} has no checksums.json, so nobody can tell whether its files are whole", file=sys.stderr)
-        elif wrong := damage(first):
-            raise SettingError(f"stage 2 starts from {first}, but {wrong}: restore it, or run --stage 1 again")
         return Start(stage, checkpoint, first, "stage 1")
 
     def _check_settings_of(self, checkpoint: str, s: Settings, checkpoints: Checkpoints) -> None:
@@ -195,23 +207,14 @@ class RunFolder:
         """Make runs/NAME ready, on the main rank. -> results so far.
 
         A fresh start moves whatever lies there to NAME~1, ~2, ...; nothing is overwritten. Stage 2 alone: only what an
-        earlier stage 2 made gives way, its policy to stage2~1. Resumed: the lines of metrics and timing from the
-        checkpoint's step on are taken back, as they will be written again.
+        earlier stage 2 made gives way, its policy to stage2~1. Resumed: what was written since the checkpoint is taken
+        back, as it will be written again.
         """
-        known: Results = {}
-        if s.resume:
-            step = checkpoints.extra(start.checkpoint)["step"] if start.checkpoint else 0
-            self._take_back((start.stage, step))
-            known = self.read_results()
-        elif s.stage == 2:
-            for old in (self.path / "stage2", self.path / "stage2-merged"):
-                if old.exists():
-                    old.rename(free_name(old))
-            (self.path / "results.txt").unlink(missing_ok=True)
+        if s.resume and start.checkpoint:
+            checkpoints.put_back(start.checkpoint)
+        elif s.stage == 2 and not s.resume:
             checkpoints.remove()
-            self._take_back((2, 0))
-            known = self.read_results()
-        else:
+        elif not s.resume:
             if self.path.is_dir() and all(file.suffix == ".writing" for file in self.path.iterdir()):
                 shutil.rmtree(self.path)  # a start that died before it had saved anything
             if self.path.exists():
@@ -221,20 +224,28 @@ class RunFolder:
             self.path.mkdir(parents=True)
         saved = dataclasses.asdict(s) | {"resume": False}
         write_text(self.path / "settings.json", json.dumps(saved, indent=2) + "\n")
+        known = self.read_results()
         before = ("base",) if start.row == "base" else ("base", "stage 1")  # later rows will be measured again
-        return {name: rows for name, rows in known.items() if name in before}
+        known = {name: rows for name, rows in known.items() if name in before}
+        if not start.checkpoint:
+            if s.stage == 2:
+                self.write_results(known)  # from here on an earlier stage 2 does not make the run complete
+                for old in (self.path / "stage2", self.path / "stage2-merged"):
+                    if old.exists():
+                        old.rename(free_name(old))
+            (self.path / "results.txt").unlink(missing_ok=True)
+            self._take_back_from(start.stage)
+        return known
 
-    def _take_back(self, until: tuple[int, int]) -> None:
-        """Keep the lines of steps before `until` = (stage, step)."""
-        for file in (
-            self.path / name for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl")
-        ):
+    def _take_back_from(self, stage: int) -> None:
+        """Keep the lines of earlier stages."""
+        for file in (self.path / name for name in WRITTEN if name.endswith(".jsonl")):
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
             kept = []
             for number, line in enumerate(lines, start=1):
                 try:
                     entry = json.loads(line)
-                    before = (entry["stage"], entry["step"]) < until
+                    before = entry["stage"] < stage
                 except (ValueError, KeyError, TypeError):
                     if number == len(lines):  # a killed process may have left half a line
                         break
@@ -243,6 +254,19 @@ class RunFolder:
                     kept.append(line)
             if lines:
                 write_text(file, "".join(kept))
+
+
+def _metrics(row: dict) -> dict[str, float]:
+    """One row of results.json with nan for null. Raises ValueError or AttributeError if it is none."""
+    if not {"n", "valid"} <= row.keys() or not all(x is None or isinstance(x, int | float) for x in row.values()):
+        raise ValueError("a row of it is not what was written")
+    return {name: math.nan if x is None else x for name, x in row.items()}
+
+
+def last_row(s: Settings) -> str:
+    """The row of the results that a run writes last."""
+    stage = s.stage or (2 if s.steps2 else 1 if s.steps1 else 0)
+    return f"stage {stage}" if stage else "base"
 
 
 def free_name(path: Path) -> Path:

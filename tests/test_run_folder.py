@@ -1,14 +1,17 @@
 """support/run_folder.py: what lies there is never overwritten, and damage to any of it is named, never passed over."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from runs import train_here
+from runs import lines, train_here
 
+import train
 from support.checkpoints import Checkpoints
 from support.distributed import World
 from support.monitor import Monitor
@@ -26,7 +29,7 @@ def test_stage_2_anew_is_not_taken_for_complete(tmp_path):
     out = tmp_path / "rarl"
     (out / "stage2").mkdir(parents=True)
     (out / "results.txt").write_text("stage 1's table")
-    (out / "results.json").write_text('{"stage 1": {"1": {"mae": null}}, "stage 2": {}}')
+    (out / "results.json").write_text('{"stage 1": {"1": {"n": 1, "valid": 1, "mae": null}}, "stage 2": {}}')
     (out / "metrics.jsonl").write_text('{"stage": 1, "step": 0}\n{"stage": 2, "step": 0}\n{"stage": 2, "st')
     results = open_run(out, Settings(stage=2), Start(2, None, out / "stage1", "stage 1"))
     assert list(results) == ["stage 1"] and math.isnan(results["stage 1"][1]["mae"])
@@ -90,10 +93,7 @@ DAMAGE = [
     ("settings.json", edit("lr", "fast"), 'settings.json: lr is "fast", which it cannot be'),
     ("settings.json", edit("speed", 1), "does not hold the settings of a run (speed)"),
     ("settings.json", edit("beta", 0.5), "was changed after the start: beta was"),
-    ("metrics.jsonl", lambda file: file.write_text("{}\n" + file.read_text()), "metrics.jsonl line 1 is damaged"),
-    ("timing.jsonl", lambda file: file.write_text("\n" + file.read_text()), "timing.jsonl line 1 is damaged"),
-    ("results.json", cut, "results.json is damaged"),
-    ("results.json", lambda file: file.write_text("[]"), "results.json is damaged"),
+    ("checkpoints", shutil.rmtree, "stage 1 of runs/rarl is finished, but there is no checkpoint to go on from"),
     ("stage1/model.safetensors", cut, "model.safetensors was altered"),
     ("stage1/model.safetensors", flip, "model.safetensors was altered"),
     ("stage1/model.safetensors", os.unlink, "stage1 is incomplete"),
@@ -118,6 +118,95 @@ def test_damage_is_named_when_a_run_goes_on(half, tmp_path, monkeypatch, capsys,
     said = capsys.readouterr().err
     assert error.value.code == 1 and message in said and "Traceback" not in said
     assert all(p.read_bytes() == content for p, content in weights.items())  # nothing is lost
+
+
+def test_what_a_checkpoint_holds_may_be_lost(half, finished, tmp_path, monkeypatch):
+    run, (out, _) = tmp_path / "runs" / "rarl", finished
+    shutil.copytree(half, run)
+    cut(run / "results.json")
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("1", "2"))
+    cut(run / "timing.jsonl")
+    shutil.rmtree(run / "groups")
+    monkeypatch.chdir(tmp_path)
+    train_here("--resume")
+    for file in ("metrics.jsonl", "results.json", "results.txt", "groups/groups.jsonl", "stage2/model.safetensors"):
+        assert (run / file).read_bytes() == (out / file).read_bytes(), file
+    assert (run / "timing.jsonl").read_text().count("\n") == 6
+
+
+def test_a_finished_run_whose_table_is_lost_or_changed(finished, tmp_path, monkeypatch, capsys):
+    run, (out, _) = tmp_path / "runs" / "rarl", finished
+    shutil.copytree(out, run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_stage", None)  # whoever trains, fails
+    cut(run / "results.txt")
+    with pytest.raises(SystemExit):
+        train_here("--resume")
+    assert "results.txt does not show what results.json holds" in capsys.readouterr().err
+    (run / "results.txt").unlink()
+    train_here("--resume")
+    assert "is complete" in capsys.readouterr().out
+    assert (run / "results.txt").read_text() == (out / "results.txt").read_text()
+    for damage in (
+        cut,
+        lambda file: file.write_text("[]"),
+        lambda file: file.write_text('{"stage 2": {"1": {"n": "x"}}}'),
+    ):
+        damage(run / "results.json")
+        with pytest.raises(SystemExit):
+            train_here("--resume")
+        assert "results.json is damaged" in capsys.readouterr().err
+        shutil.copy(out / "results.json", run)
+    (run / "results.json").unlink()
+    with pytest.raises(SystemExit):
+        train_here("--resume")
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+
+
+def test_a_start_of_stage_2_that_dies_at_once_costs_no_stage_1(finished, tmp_path, monkeypatch):
+    """Between any two of its changes to the folder: --resume goes on with stage 2, or the earlier run is still complete."""
+    out, _ = finished
+
+    class Killed(BaseException):
+        pass
+
+    states = []
+    for call in range(1, 20):
+        run = tmp_path / str(call) / "rarl"
+        shutil.copytree(out, run)
+        made = []
+
+        def dying(honest, made=made, call=call):
+            def watched(*args, **kwargs):
+                made.append(args)
+                if len(made) == call:
+                    raise Killed
+                return honest(*args, **kwargs)
+
+            return watched
+
+        start = Start(2, None, run / "stage1", "stage 1")
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (Path, "rename"), (Path, "unlink")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            with contextlib.suppress(Killed):
+                open_run(run, Settings(stage=2), start)
+        if len(made) < call:
+            break
+        s = Settings(**json.loads((run / "settings.json").read_text()) | {"resume": True})
+        checkpoints = Checkpoints(run / "checkpoints", CPU, 2)
+        results = RunFolder(run, CPU).complete(s, checkpoints)
+        if results:
+            states.append("complete")
+            assert "stage 2" in results and (run / "stage2").is_dir()
+        else:
+            states.append("to do")
+            assert RunFolder(run, CPU).find_start(s, checkpoints, "tiny") == start
+            assert list(open_run(run, s, start)) == ["base", "stage 1"]
+            assert (run / "stage2~1").is_dir() and not (run / "stage2").exists()
+            assert [entry["stage"] for entry in lines(run / "metrics.jsonl")] == [1, 1, 1]
+    assert states[:2] == ["complete", "complete"] and states[2:] == ["to do"] * (len(states) - 2) and len(states) > 4
 
 
 def test_no_sound_checkpoint_is_no_silent_start(half, tmp_path, monkeypatch, capsys):
