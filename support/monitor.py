@@ -172,6 +172,7 @@ class Monitor:
     ):
         self.folder, self.stage, self.world, self.base = folder, stage, world, base
         self.max_bad_steps, self.watch_every = s.max_bad_steps, s.watch_every
+        self.in_turn = len(s.images) if stage == 2 else 1
         self.bad = 0  # steps in a row
         self.warnings = Warnings()
         names = [folder / f"{name}.jsonl" if world.main else os.devnull for name in ("metrics", "timing", "validation")]
@@ -211,8 +212,10 @@ class Monitor:
             self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
             if warning := self.warnings(log, max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
-            if self.watch_every and step % self.watch_every == 0:
+            since = step % self.watch_every if self.watch_every else self.in_turn
+            if since < self.in_turn:  # a sheet for each number of images: they take turns from step to step
                 watch_group(self.folder, self.stage, step, batch)
+            if since == 0:
                 watch_curves(self.folder)
         self.progress.update()
         if self.bad >= self.max_bad_steps:

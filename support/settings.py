@@ -112,7 +112,9 @@ class Settings:
         "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one",
     )
     val_samples: int = setting(20, "validation prompts for each number of images of the stage")
-    watch_every: int = setting(25, "steps between pictures of a group of answers and of the curves so far; 0: none")
+    watch_every: int = setting(
+        24, "steps between pictures: a group of answers for each number of images, the curves so far; 0: none"
+    )
     track: str | None = setting(
         None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb")
     )

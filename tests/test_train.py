@@ -41,6 +41,10 @@ def test_both_stages_end_to_end(finished):
     for name in ("base", "stage1", "stage2"):
         assert len(lines(out / f"predictions_{name}.jsonl")) == 12
     assert (out / "predictions.png").stat().st_size > 10_000
+    # A sheet at the start of each stage, for each number of images.
+    sheets = [(g["stage"], len(g["images"])) for g in lines(out / "groups/groups.jsonl")]
+    assert sorted(sheets) == [(1, 1), (2, 2), (2, 4)]
+    assert len(list((out / "groups").glob("*.png"))) == 3
     assert not (out / "checkpoints").exists()
     stages = [load_file(out / f"stage{i}" / "model.safetensors") for i in (1, 2)]
     base = load_file(ROOT / "tiny" / "model.safetensors")
