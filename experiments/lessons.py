@@ -157,17 +157,19 @@ ID_HEAD, VALUE_HEAD = 2, 0  # query heads of that layer, with keys of their own
 
 
 class Guide:
-    """Sees the attention weights of one layer, and the hidden states that enter it, while the policy is run by `logprobs`."""
+    """Sees the attention of one layer, and the hidden states that enter it, while `logprobs` runs one answer to each prompt."""
 
-    weights: Tensor  # (B, H, L, L)
-    hidden: Tensor  # (B, L, C)
+    weights: Tensor  # (B, H, T, S) of the answers' tokens; the keys are [prompt | answer]
+    queries: Tensor  # (B, T) where the answers' tokens are in the packed row
+    keys: Tensor  # (B, S)
+    hidden: Tensor  # (L, C)
 
     @contextmanager
     def watching(self, policy: rarl.Policy) -> Iterator[None]:
         AttentionInterface.register("guided", self.attend)
         AttentionMaskInterface.register("guided", sdpa_mask)
         layer = policy.model.model.language_model.layers[LAYER]
-        hook = layer.register_forward_pre_hook(lambda _, arguments: setattr(self, "hidden", arguments[0]))
+        hook = layer.register_forward_pre_hook(lambda _, arguments: setattr(self, "hidden", arguments[0][0]))
         policy.model.set_attn_implementation(rarl.ATTENTION | {"text_config": "guided"})
         try:
             yield
@@ -176,17 +178,14 @@ class Guide:
             policy.model.set_attn_implementation(rarl.ATTENTION)
 
     def attend(self, module, query, key, value, packing: rarl.Packing, scaling: float, **kwargs):
-        """The packed attention of rarl.py for one answer to each prompt, with the weights written out."""
-        L = query.shape[2]
-        place = torch.arange(L)
-        padding = (place < packing.P) & (place >= packing.lengths[:, None])  # (B, L)
-        hidden = (place > place[:, None]) | (padding[:, None] & (place != place[:, None]))  # (B, L, L)
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        logits = query @ key.transpose(-1, -2) * scaling
-        weights = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+        """rarl.packed_attention, with the weights of one layer's answers written out beside it."""
         if module.layer_idx == LAYER:
-            self.weights = weights
-        return (weights @ value).transpose(1, 2), None
+            self.queries, self.keys, seen = packing.rectangles[1]
+            shared = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            q, k = (x[0][:, at].transpose(0, 1) for x, at in ((query, self.queries), (shared, self.keys)))
+            logits = q @ k.transpose(-1, -2) * scaling
+            self.weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        return rarl.packed_attention(module, query, key, value, packing, scaling, **kwargs)
 
 
 def in_order(sample: data.Sample) -> list[int]:
@@ -231,18 +230,18 @@ def teach_lists(policy: rarl.Policy, seen: Seen, order: str, steps: int, file: P
             logp, _ = rarl.logprobs(policy, prompts, ids, mask)  # (B, T)
             weight = torch.full_like(logp, 0.2) * mask  # the rest of a list is soon learned
             weight[row, t] = 1.0
-            query = max(len(p.ids) for p in prompts) + t - 1  # where token t is predicted from, in the packed sequence
-            number = torch.zeros(guide.hidden.shape[:2], dtype=torch.long)  # (B, L) of each image token; 0: none
+            number = torch.zeros_like(guide.keys)  # (B, S) of the image that a key belongs to; 0: none
             for b, prompt in enumerate(prompts):
                 at = (prompt.ids == image_token).nonzero().squeeze(1)
                 number[b, at] = torch.arange(1, n + 1).repeat_interleave(len(at) // n)
             head = torch.where(is_id, ID_HEAD, VALUE_HEAD)
-            looked = (guide.weights[row, head, query] * (number[row] == image[:, None])).sum(-1)
+            # Token t is predicted from token t - 1.
+            looked = (guide.weights[row, head, t - 1] * (number[row] == image[:, None])).sum(-1)
             look = -looked.clamp(min=1e-6).log()
-            at_digit = guide.hidden[row, query]
+            at_image, at_digit = guide.hidden[guide.keys[number > 0]], guide.hidden[guide.queries[row, t - 1]]
             guides = [
                 0.5 * look[~is_id].mean() + (look[is_id].mean() if order == "sorted" else 0.0),
-                0.2 * F.cross_entropy(number_of(guide.hidden[number > 0]), number[number > 0]),
+                0.2 * F.cross_entropy(number_of(at_image), number[number > 0]),
                 0.2 * F.cross_entropy(number_of(at_digit[~is_id]), image[~is_id]),
                 2.0 * F.binary_cross_entropy_with_logits(listed_in(at_digit[is_id]), listed[is_id]),
             ]

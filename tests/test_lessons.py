@@ -39,11 +39,10 @@ def test_the_guide_changes_no_number(policy, seen):
     with guide.watching(policy):
         got, _ = rarl.logprobs(policy, prompts, ids, mask)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    P = max(len(prompt.ids) for prompt in prompts)
-    answer_rows = guide.weights[:, :, P:]
-    torch.testing.assert_close(answer_rows.sum(-1), torch.ones(answer_rows.shape[:-1]))
-    for b, prompt in enumerate(prompts):
-        assert not answer_rows[b, :, :, len(prompt.ids) : P].any()
+    torch.testing.assert_close(guide.weights.sum(-1), torch.ones(guide.weights.shape[:-1]))
+    for b, prompt in enumerate(prompts):  # the first token of an answer sees its prompt and itself
+        assert (guide.weights[b, :, 0] > 0).sum(-1).tolist() == [len(prompt.ids) + 1] * guide.weights.shape[1]
+        assert torch.equal(guide.hidden[guide.keys[b, len(prompt.ids)]], guide.hidden[guide.queries[b, 0]])
     assert rarl.logprobs(policy, prompts, ids, mask)[0].equal(expected)  # and is gone afterwards
 
 
