@@ -39,8 +39,8 @@ class Settings:
     order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     # How much
-    steps1: int = setting(150, "rollouts of stage 1 (regression, one image); 0 skips the stage")
-    steps2: int = setting(144, "rollouts of stage 2 (joint, several images); 0 skips the stage")
+    steps1: int = setting(40, "rollouts of stage 1 (regression, one image); 0 skips the stage")
+    steps2: int = setting(120, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting(
@@ -62,7 +62,7 @@ class Settings:
     rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of the best possible reward")
     rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of the best possible reward")
     # GRPO
-    lr: float = setting(5e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
+    lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
     warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
     weight_decay: float = setting(0.0, "weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")

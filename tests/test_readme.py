@@ -27,7 +27,7 @@ SMALL = {  # what makes a command short, added at its end
     "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1 --values 1 2",
     "experiments.ablate": f"--seeds 0 -- {TRAIN}",
     "experiments.rescue": "--seeds 0 --steps 2",
-    "experiments.make_tiny": "--eyes-steps 1 --mouth-steps 1 1",
+    "experiments.make_tiny": "--eyes-steps 1 --rotated-steps 1 --sorted-steps 1 --habits-steps 1 --drawings 64",
 }
 ELSEWHERE = ("/data/", "Qwen/", "HOST", "ROOT", "PATH", "...", "photos")  # needs data, a hub or other machines
 TOOLS = ("-m pytest", "-m mypy", "pip ", "ruff ")
@@ -99,7 +99,7 @@ def test_the_two_commands_come_first():
 
 def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
     import train
-    from experiments import ablate, rescue
+    from experiments import ablate, make_tiny, rescue
 
     monkeypatch.chdir(tmp_path)
     # An ablation trains its first run here, and the others are copies: that their settings are sound is checked before
@@ -115,6 +115,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
 
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
     monkeypatch.setattr(rescue, "make_base", lambda tiny: tiny)  # tested in test_rescue.py
+    monkeypatch.setattr(make_tiny, "examine", lambda *policy: ("", []))  # tested in test_lessons.py
     runnable = [command for command in commands() if command.here]
     assert {"train", "eval", "experiments.bench", "experiments.ablate"} <= {command.module for command in runnable}
     apart = set()
