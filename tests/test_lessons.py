@@ -10,7 +10,7 @@ import data
 import rarl
 import reward
 from experiments import lessons
-from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, examine, exact_answer, read_lists, rotated
+from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, exact_answer, examine, read_lists, rotated
 
 
 @pytest.fixture(scope="module")
