@@ -206,9 +206,10 @@ class Monitor:
             keep_evidence(self.folder / "bad_steps" / name, batch, log)
         if self.world.main:
             place = {"stage": self.stage, "step": step}
-            self._write(self.metrics, place | log)
             self.track(self.before + step, finite(log))
-            self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds)
+            speed = {"pack_fill": log.pop("pack_fill")}  # depends on --max-tokens-per-forward, the other metrics do not
+            self._write(self.metrics, place | log)
+            self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds | speed)
             self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
             if warning := self.warnings(log, max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)

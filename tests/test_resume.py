@@ -88,7 +88,7 @@ def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         train_here("--resume", "--lr", "1e-5")
-    assert "--lr 0.0005, not 1e-05" in capsys.readouterr().err
+    assert "--lr 0.0003, not 1e-05" in capsys.readouterr().err
     train.main(["--resume"])
     assert f"checkpoint {Path(*checkpoints[-1].parts[-4:])} is damaged" in capsys.readouterr().err
     assert_same(out, run)

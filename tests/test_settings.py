@@ -91,7 +91,7 @@ def test_what_an_out_of_memory_error_asks_for_may_change(saved):
         (["--seed", "6"], "has --seed 5, not 6"),
         (["--no-freeze-vision"], "has --freeze-vision True, not False"),
         (["--images", "2"], "has --images 1 2 4 8, not 2"),
-        (["--lr", "1e-9"], "has --lr 0.0005, not 1e-09"),  # smaller only after a stop by bad steps
+        (["--lr", "1e-9"], "has --lr 0.0003, not 1e-09"),  # smaller only after a stop by bad steps
         (["--preset", "coco"], "has --data dots, not coco"),
     ],
 )
