@@ -68,7 +68,7 @@ class Lesson:
                     torch.save({"step": step + 1, "parts": [part.state_dict() for part in self._parts()]}, beside)
                     os.replace(beside, self.file)
 
-    def learn(self, loss: Tensor, **shown: float) -> None:
+    def learn(self, loss: Tensor, **shown: Tensor) -> None:
         """One step; what is `shown` appears in the progress line as a moving average."""
         self.optimizer.zero_grad()
         loss.backward()
@@ -100,9 +100,9 @@ def teach_eyes(policy: rarl.Policy, steps: int, file: Path, batch_size: int = 32
         said = torch.cat([said[:half, :, :VALUES], said[half:, :, VALUES:]])
         bell = (-((torch.arange(VALUES) - labels[:, None]) ** 2) / 2).softmax(-1)[:, None]  # (batch, 1, VALUES)
         whole = said.mean(1, keepdim=True)
-        loss = sum(-(bell * logits.log_softmax(-1)).sum(-1).mean() for logits in (said, whole))
+        loss, of_mean = (-(bell * logits.log_softmax(-1)).sum(-1).mean() for logits in (said, whole))
         error = (whole[:, 0].argmax(-1) - labels).abs().float()
-        lesson.learn(loss, error_dots=error[:half].mean(), error_dials=error[half:].mean())
+        lesson.learn(loss + of_mean, error_dots=error[:half].mean(), error_dials=error[half:].mean())
 
 
 def see(policy: rarl.Policy, items: list[data.Item]) -> tuple[Tensor, ...]:
@@ -117,7 +117,8 @@ class Seen:
     """Drawings whose features are computed once, since the eyes do not change any more."""
 
     def __init__(self, policy: rarl.Policy, count: int):
-        self.policy, self.ids = policy, {}  # (task, number of images) -> token ids: all drawings have one size
+        self.policy = policy
+        self.prompts: dict[tuple[data.Task, int], data.Prompt] = {}  # by number of images: all drawings have one size
         self.pools: dict[data.Task, list[data.Item]] = {}
         self.features: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -134,9 +135,9 @@ class Seen:
 
     def prompt(self, sample: data.Sample) -> data.Prompt:
         key = sample.task, len(sample.items)
-        if key not in self.ids:
-            self.ids[key] = data.make_prompts(self.policy, [sample])[0]
-        known = self.ids[key]
+        if key not in self.prompts:
+            self.prompts[key] = data.make_prompts(self.policy, [sample])[0]
+        known = self.prompts[key]
         features = torch.cat([self.features[item.name] for item in sample.items])
         return data.Prompt(known.ids, known.pixels, known.grid, features)
 
@@ -181,6 +182,7 @@ class Guide:
         """rarl.packed_attention, with the weights of one layer's answers written out beside it."""
         if module.layer_idx == LAYER:
             self.queries, self.keys, seen = packing.rectangles[1]
+            assert seen is not None
             shared = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             q, k = (x[0][:, at].transpose(0, 1) for x, at in ((query, self.queries), (shared, self.keys)))
             logits = q @ k.transpose(-1, -2) * scaling
@@ -259,14 +261,14 @@ def read_lists(ids: Tensor, digits: Tensor, samples: list[data.Sample], orders: 
     image that it speaks of, and which images are listed before it, (digits, 9) one-hot."""
     found = []
     for row, (sample, order) in enumerate(zip(samples, orders, strict=True)):
-        places = iter(torch.isin(ids[row], digits).nonzero().squeeze(1).tolist())
+        digit_at = iter(torch.isin(ids[row], digits).nonzero().squeeze(1).tolist())
         listed = torch.zeros(max(IMAGES) + 1)
         for image in order:
             for k in range(1 + len(data.format_value(sample.labels[image - 1], 0))):
-                found.append((row, next(places), k == 0, image, listed.clone()))
+                found.append((row, next(digit_at), k == 0, image, listed.clone()))
             listed[image] = 1.0
-    row, place, is_id, image, before = zip(*found, strict=True)
-    return torch.tensor(row), torch.tensor(place), torch.tensor(is_id), torch.tensor(image), torch.stack(before)
+    *places, before = zip(*found, strict=True)
+    return *(torch.tensor(part) for part in places), torch.stack(before)
 
 
 # --------------------------------------------------------------------------------------------------------------------

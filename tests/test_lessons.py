@@ -73,7 +73,7 @@ def test_the_bad_teacher_is_bad_in_values_and_order_but_not_in_format(seen):
     (sample,), _ = seen.draw(4, 1, rng)
     while lessons.in_order(sample) in ([1, 2, 3, 4], [4, 3, 2, 1]):
         (sample,), _ = seen.draw(4, 1, rng)  # else its sorted list is one of the others
-    kinds: Counter = Counter()
+    kinds = Counter()
     errors = []
     for _ in range(2000):
         text = bad_answer(sample, rng)
