@@ -57,6 +57,7 @@ from support.loader import load_steps
 from support.model_card import what_was_learned, write_model_card
 from support.monitor import Monitor, UpdateMetrics, dead_base
 from support.pictures import draw_predictions
+from support.plan import plan_text
 from support.policies import load_start
 from support.preflight import load_items, preflight, task_overrides, validation_prompts
 from support.results import Results, remarks, results_table
@@ -486,7 +487,11 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the image workers' fork do not mix
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        run(parse_settings(argv), Stop())
+        s = parse_settings(argv)
+        if not s.plan:
+            run(s, Stop())
+        elif rank == 0:
+            print(plan_text(s, HERE / "tiny" if s.model == "tiny" else s.model))
     except (SettingError, data.DataError, rarl.ModelError, OSError, Interrupted) as error:
         leave("train.py", error, rank, size)
     except RuntimeError as error:  # a bug keeps its traceback; the death of a helper process or of a rank is none

@@ -160,7 +160,9 @@ class Learner:
             for prompt in prompts:  # in bf16, as they are multiplied
                 prompt.pixels = prompt.pixels.to(self.world.device, torch.bfloat16)
         if self.vision_frozen:
-            rarl.encode_images(self.rollout_policy, prompts)
+            size = self.settings.rollout_batch  # bounds the memory of this pass too
+            for b in range(0, len(prompts), size):
+                rarl.encode_images(self.rollout_policy, prompts[b : b + size])
 
     def reference_logprobs(self, batch) -> Tensor | None:
         """(N, T) log pi_ref of a batch's answers; None without a reference."""

@@ -102,6 +102,8 @@ class Settings:
         False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
     )
     workers: int = setting(1, "processes that read and resize the next steps' images; 0: none")
+    plan: bool = setting(False, "print what the run needs in memory, for 1 to 8 processes, and end; reads no weights")
+    gpu_memory: float = setting(80.0, "GB of a card, for --plan")
     # Safety
     checkpoint_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "newest checkpoints that are kept")
@@ -126,7 +128,8 @@ class Settings:
 # For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
 # the numbers of steps and the pixels. Model and data root are the user's to give.
 FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
-         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "val_samples": 100, "eval_samples": 500}  # fmt: skip
+         "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "val_samples": 100, "eval_samples": 500,
+         "rollout_batch": 8, "eval_batch_size": 8, "max_tokens_per_forward": 16384}  # fmt: skip
 PRESETS = {
     name: FULL_SIZE | {"data": name, "name": name} for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder")
 }
@@ -137,6 +140,7 @@ PRESETS = {
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
     "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track", "lora_merge",
+    "plan", "gpu_memory",
 }  # fmt: skip
 
 
@@ -190,7 +194,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         else:
             print(f"--resume: nothing is saved in {run} yet, so the run starts", file=sys.stderr)
             values["resume"] = False
-    for name in ("model", "data_root"):
+    for name in ("model",) if values["plan"] else ("model", "data_root"):
         if preset and values[name] is None:
             raise SettingError(f"--preset {preset} needs {flag(name)}")
     settings = Settings(**values)
@@ -261,7 +265,7 @@ def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
-    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha")
+    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha", "gpu_memory")
     text = ("question", "order")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),

@@ -1,0 +1,163 @@
+"""support/plan.py: what `--plan` computes, held against real parameters, a real cache and what autograd really keeps."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import rarl
+import train
+from support import lora
+from support.plan import GB, Longest, Plan, longest_prompt, plan_text, read_model
+from support.settings import Settings, parse_settings
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+def of_these(policy, samples, prompts):
+    P, S = (max(len(getattr(p, name)) for p in prompts) for name in ("ids", "pixels"))
+    return Longest(P, S, data.max_answer_tokens(policy, samples))
+
+
+@pytest.fixture(scope="module")
+def asked(policy):
+    """Two prompts of four images. -> their samples, the prompts"""
+    samples = data.make_samples(data.load_dataset("dots"), 4, 2)
+    return samples, data.make_prompts(policy, samples)
+
+
+def test_parameters_are_counted_as_they_are(policy):
+    model, s, some = read_model(TINY), Settings(), Longest(100, 100, 10)
+    all_of_them = sum(p.numel() for p in policy.parameters())
+    assert all(p.is_meta for p in model.parameters())
+    assert Plan(model, s, some).weights == Plan(model, s, some).trained == all_of_them
+    adapted, visual = copy.deepcopy(policy), sum(p.numel() for p in policy.model.model.visual.parameters())
+    assert Plan(model, Settings(freeze_vision=True), some).trained == all_of_them - visual
+    lora.add_lora(adapted, 3, 6.0, "language+vision")
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert Plan(model, Settings(lora_rank=3, lora_targets="language+vision"), some).trained == trained
+
+
+def test_roles_of_the_weights():
+    """The bytes of a parameter, by hand. All of one process: 4 + 4 + 8 + 2; LoRA: 2 of the base, 16 of an adapter's."""
+    model, some = read_model(TINY), Longest(100, 0, 10)
+    one, four = (Plan(model, Settings(beta=0.0), some, W) for W in (1, 4))
+    N = one.weights
+    assert sum(one.state().values()) == 18 * N and sum(four.state().values()) == 16 * N / 4 + 2 * N
+    with_kl = Plan(model, Settings(), some).state()["reference"]
+    reference = rarl.cast_copy(rarl.load_policy(TINY), torch.bfloat16, torch.nn.Linear)
+    assert with_kl == sum(p.numel() * p.element_size() for p in reference.parameters())
+    adapters = Plan(model, Settings(lora_rank=2), some, 4)
+    assert sum(adapters.state().values()) == 2 * N + 20 * adapters.trained  # 4 for stage 2's frozen copy
+    assert Plan(model, Settings(lora_rank=2, stage=1), some).state()["reference"] == 0
+    assert (one.checkpoint(), Plan(model, Settings(validate_every=0), some).checkpoint()) == (16 * N, 12 * N)
+
+
+def test_cache_is_that_of_a_prefill(policy, asked):
+    samples, prompts = asked
+    longest = of_these(policy, samples, prompts)
+    with torch.no_grad():
+        cache, _ = rarl.prefill(policy, prompts, 3, longest.T)
+    real = sum(x.numel() * x.element_size() for layers in (cache.prompt, cache.answer) for kv in layers for x in kv)
+    assert Plan(policy.model, Settings(), longest, gpu=False).cache(2, 3) == real
+
+
+def kept_by_autograd(policy, prompts, ids):
+    """Bytes that the forward pass keeps for the backward pass, without the parameters; each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        rarl.logprobs(policy, prompts, ids, torch.ones_like(ids, dtype=torch.bool))
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("more", [{}, {"freeze_vision": True}, {"lora_rank": 2}, {"lora_rank": 2, "lora_targets": "language+vision"}])  # fmt: skip
+def test_activations_are_what_autograd_keeps(policy, asked, more, checkpointing):
+    s, policy, prompts = Settings(group_size=4, **more), copy.deepcopy(policy), copy.deepcopy(asked[1])
+    longest = of_these(policy, asked[0], prompts)
+    plan = Plan(policy.model, s, longest, gpu=False)
+    if s.lora_rank:
+        lora.add_lora(policy.model, s.lora_rank, s.lora_alpha, s.lora_targets)
+    if not plan.vision_trained:
+        policy.model.model.visual.requires_grad_(False)
+        rarl.encode_images(policy, prompts)  # as Learner.prepare does
+    if checkpointing:
+        policy.model.activation_checkpointing_enable()
+    ids = torch.randint(5, 300, (8, longest.T), generator=torch.Generator().manual_seed(0))
+    real = kept_by_autograd(policy.train(checkpointing), prompts, ids)
+    assert plan.activations(2, checkpointing) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_longest_prompt_is_not_underestimated(n):
+    policy = rarl.load_policy(TINY)
+    samples = data.make_samples(data.load_dataset("dots"), n, 20)
+    real = of_these(policy, samples, data.make_prompts(policy, samples))
+    planned = longest_prompt(Settings(images=(n,)), policy.model)
+    assert planned.S == real.S and real.P <= planned.P < 1.3 * real.P and real.T <= planned.T < 1.3 * real.T
+
+
+def test_largest_numbers_fit_and_one_more_does_not():
+    """tiny on a card that holds little: the table's largest batch is checked against the formula."""
+    s = dataclasses.replace(Settings(), gpu_memory=2.1, batch_size=64)  # 2 GB of it are in reserve
+    model = read_model(TINY)
+    plan = Plan(model, s, longest_prompt(s, model))
+    line = next(x for x in plan_text(s, TINY).splitlines() if x.startswith("largest --rollout-batch"))
+    largest = int(line.split()[2])
+    room = 0.1 * GB - sum(plan.state().values())
+    assert plan.rollout(largest, s.group_size) <= room < plan.rollout(largest + 1, s.group_size) and 1 < largest < 64
+    assert "GB too much for a 2.01 GB card" in plan_text(dataclasses.replace(s, gpu_memory=2.01), TINY)
+
+
+def test_plan_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--plan"])
+    assert "W = 8" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    s = parse_settings(["--plan", "--preset", "utkface", "--model", str(TINY)])  # no --data-root: from --max-pixels
+    assert longest_prompt(s, read_model(TINY)).S == 8 * 4 * 256
+
+
+def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
+    """config.json of the published 3B, as far as sizes go."""
+    config = dict(
+        model_type="qwen2_5_vl", hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        intermediate_size=11008, vocab_size=151936, tie_word_embeddings=True,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        vision_config=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    s = parse_settings(["--plan", "--preset", "utkface", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    readme = (TINY.parent / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(f"    {x}".rstrip() for x in plan_text(s, tmp_path).splitlines()) in readme
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "said"),
+    [
+        (None, [], "model folder .* does not exist"),
+        ("{", [], "cannot read config.json"),
+        (json.dumps({"model_type": "bert"}), [], "the model is a bert"),
+        ((TINY / "config.json").read_text(), ["--data", "cats"], "--data cats is unknown"),
+        ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory -1.0 must be positive"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, config, more, said, capsys):
+    folder = tmp_path / "model"
+    if config is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--plan", "--model", str(folder), *more])
+    message = f"{end.value.code}{capsys.readouterr().err}"
+    assert re.search(said, message) and "Traceback" not in message
