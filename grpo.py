@@ -51,8 +51,12 @@ def bounded_exp(x: Tensor, bound: float = 10.0) -> Tensor:
     return x.clamp(max=bound).exp() * (1 + torch.relu(x - bound))
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-4, best: float | None = None, divide: bool = True) -> Tensor:
     """A_i = (r_i - mean) / (std + eps) within each group, std of the population (over G).
+
+    best    mean and std are also over this one more reward, the best possible: a group of equal, poor answers is then
+            pushed away from them (NGRPO, arXiv 2509.18851; its other parts are left out)
+    divide  False: A_i = r_i - mean (Dr. GRPO, arXiv 2503.20783)
 
     rewards (B, G), any unit -> (B, G), float32 or better. Equal rewards, G = 1 included, give exact zeros.
     Raises ValueError unless rewards are finite and (B, G) with G >= 1.
@@ -66,11 +70,14 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
     rewards = full_precision(rewards)
-    mean = rewards.mean(1, keepdim=True)  # (B, 1)
-    std = rewards.std(1, correction=0, keepdim=True)  # (B, 1)
+    compared = rewards  # (B, G), or (B, G + 1) with the best possible
+    if best is not None:
+        compared = torch.cat([rewards, torch.full_like(rewards[:, :1], best)], 1)
+    mean = compared.mean(1, keepdim=True)  # (B, 1)
+    std = compared.std(1, correction=0, keepdim=True)  # (B, 1)
     # The computed mean of equal numbers may differ from them by rounding. Divided by eps, that would be an advantage.
-    no_spread = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # (B, 1)
-    return ((rewards - mean) / (std + eps)).masked_fill(no_spread, 0.0)  # (B, G)
+    no_spread = compared.amax(1, keepdim=True) == compared.amin(1, keepdim=True)  # (B, 1)
+    return ((rewards - mean) / (std + eps if divide else 1)).masked_fill(no_spread, 0.0)  # (B, G)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

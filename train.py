@@ -137,8 +137,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
     ]
 
     # advantage, from the rewards after mutation
-    totals = torch.tensor([r.total for r in scored], dtype=torch.float64).view(B, G)
-    advantages = grpo.group_advantages(totals).float()  # (B, G)
+    advantages = advantages_of(s, stage, scored, len(samples[0].items))  # (B, G)
 
     answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
     learner.clock.lap("reward")
@@ -326,6 +325,21 @@ def mutate_groups(
         mutated_texts += answers
         mutated += changed
     return mutated_texts, mutated
+
+
+def advantages_of(s: Settings, stage: Stage, scored: list[reward.Reward], num_images: int) -> Tensor:
+    """(B, G) from the N rewards. --advantage parts is GDPO (TRL's normalize_then_sum) without its last step, over the batch."""
+    groups = lambda rewards: torch.tensor(list(rewards), dtype=torch.float64).view(-1, s.group_size)  # (B, G)
+    if s.advantage == "parts":
+        w = stage.weights
+        parts = ((w.w_reg, "regression"), (w.w_rank, "ranking"), (w.w_format, "format"))
+        advantages = [
+            weight * grpo.group_advantages(groups(getattr(r, part) for r in scored)) for weight, part in parts
+        ]
+        return torch.stack(advantages).sum(0).float()
+    best = stage.weights.max_reward(num_images) if s.advantage == "best" else None
+    totals = groups(r.total for r in scored)
+    return grpo.group_advantages(totals, best=best, divide=s.advantage != "centred").float()
 
 
 def references_for(stage: Stage, sample: data.Sample, source: str, history: rmo.History, replaced: float) -> list[str]:

@@ -1,19 +1,21 @@
 """Ablations of RARL (arXiv 2601.20585) on the embedded default, each a table and a picture. The paper's own:
 
-    python -m experiments.ablate reward      # joint reward against regression only and ranking only
-    python -m experiments.ablate rmo         # RMO on and off where most groups are alike and poor
+    python -m experiments.ablate reward      # joint reward, regression only, ranking only, imitation
+    python -m experiments.ablate rmo         # RMO on, off, and NGRPO, where most groups are alike and poor
 
 and questions that the summaries of the paper leave open:
 
     python -m experiments.ablate rmo_k       # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
     python -m experiments.ablate rmo_source  # good answers from the ground truth or from the policy's own past
+    python -m experiments.ablate advantage   # group std, none, each reward by itself; mean over answers or tokens
     python -m experiments.ablate delta       # tolerance of R_reg
     python -m experiments.ablate weights     # weights of the rewards
     python -m experiments.ablate stages      # two stages against one of the same length
     python -m experiments.ablate all --seeds 0 1 2
 
-Every variant is a full `train.py` run with a few settings changed, for every seed, in runs/ablate-EXPERIMENT-VARIANT-SEED. A
-run that is finished is not run again, and one that was interrupted is resumed. The table shows the mean over seeds and the range
+Every variant is a full `train.py` run with BUDGET and a few settings changed, for every seed, in runs/ablate-CHANGES. A run that is
+finished is not run again, whichever experiment asked for it, and one that was interrupted is resumed. The table shows the mean
+over seeds and the range
 (lowest to highest). Three seeds are few, so read a difference smaller than the ranges as none. Whatever comes out is reported:
 the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings with a model two-thousandth of its size.
 """
@@ -21,20 +23,29 @@ the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings w
 import support.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
+import csv
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 from experiments.commands import CommandError, check_writable, run_command
 from support.settings import parse_settings
 from support.tables import format_number, format_table, mean
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Of every run; what stands behind -- overrides it. Without validation a stage ends with its last policy.
+BUDGET = ["--steps1", "30", "--steps2", "60", "--images", "1", "2", "4", "8", "--eval-samples", "100",
+          "--val-samples", "1", "--validate-every", "0", "--watch-every", "0"]  # fmt: skip
+IMITATE = "imitate"  # in place of a setting: experiments/imitate.py is run, not train.py
 
 # experiment -> variant -> what it changes in train.py's defaults
 TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: most groups have no right answer
@@ -43,13 +54,24 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
         "joint": [],
         "regression only": ["--w-rank", "0"],
         "ranking only": ["--w-reg", "0"],
+        "imitation": [IMITATE, "--beta", "0"],
     },
-    "rmo": {"RMO on": TIGHT, "RMO off": [*TIGHT, "--rmo-k", "0"]},
+    "rmo": {
+        "RMO on": TIGHT,
+        "RMO off": [*TIGHT, "--rmo-k", "0"],
+        "NGRPO": [*TIGHT, "--rmo-k", "0", "--advantage", "best"],
+    },
     "rmo_k": {f"k = {k}": ["--delta", "1", "--rmo-k", str(k)] for k in (0, 1, 2, 4)},
     "rmo_source": {"truth": TIGHT, "history": [*TIGHT, "--rmo-source", "history"]},
+    "advantage": {
+        "group": [],
+        "centred": ["--advantage", "centred"],
+        "parts": ["--advantage", "parts"],
+        "token mean": ["--normalize", "token"],
+    },
     "delta": {f"delta {d}": ["--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.3, 1, 3)},
-    "stages": {"two stages": [], "one stage": ["--steps1", "0", "--steps2", "200"]},  # about equal time
+    "stages": {"two stages": [], "one stage": ["--steps1", "0", "--steps2", "90"]},  # as many steps
 }
 
 
@@ -67,6 +89,7 @@ class Run:
     name: str
     arguments: list[str]
     settings: dict
+    program: str = "train.py"
 
     @property
     def steps(self) -> int:
@@ -87,8 +110,14 @@ class Run:
 
 def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     """Raises SettingError if train.py would refuse the settings."""
-    name = f"ablate-{experiment}-{slug(variant)}-{seed}"
-    return plan(name, [*EXPERIMENTS[experiment][variant], "--seed", str(seed), *more])
+    changes = EXPERIMENTS[experiment][variant]
+    program = "experiments/imitate.py" if IMITATE in changes else "train.py"
+    arguments = [*BUDGET, *(x for x in changes if x != IMITATE), "--seed", str(seed), *more]
+    # The name says how the settings differ from BUDGET's. So equal runs of two experiments are one run.
+    usual, settings = dataclasses.asdict(parse_settings(BUDGET)), dataclasses.asdict(parse_settings(arguments))
+    changed = [f"{key}-{value}" for key, value in settings.items() if key != "seed" and value != usual[key]]
+    words = [*(["imitate"] if IMITATE in changes else []), *changed, f"seed-{seed}"]
+    return dataclasses.replace(plan(f"ablate-{slug('-'.join(words))[:150]}", arguments), program=program)
 
 
 def plan(name: str, arguments: list[str]) -> Run:
@@ -113,7 +142,9 @@ class Trainer:
         """`jobs` at a time. If one fails, or at Ctrl-C, the others save and stop too, and no further one begins."""
         with ThreadPoolExecutor(jobs) as pool:  # threads that wait for processes
             try:
-                list(pool.map(self.train_unless_done, runs))
+                with tqdm(total=sum(run.steps for run in runs), unit="step", desc=f"{len(runs)} runs") as bar:
+                    for run, _ in zip(runs, pool.map(self.train_unless_done, runs), strict=True):
+                        bar.update(run.steps)
             finally:
                 self.stop()
 
@@ -123,12 +154,13 @@ class Trainer:
         log = run.folder.with_name(run.name + ".log")
         log.parent.mkdir(exist_ok=True)
         resume = ["--resume"] if run.is_ours() else []
-        command = [sys.executable, str(ROOT / "train.py"), *run.arguments, *resume]
+        command = [sys.executable, str(ROOT / run.program), *run.arguments, *resume]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for a program in experiments/
         with open(log, "w", encoding="utf-8") as file:
             with self.lock:
                 if self.stopped:
                     return
-                process = subprocess.Popen(command, stdout=file, stderr=file)
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
                 self.children.append(process)
             process.wait()
         if process.returncode:
@@ -152,8 +184,12 @@ def read_run(folder: Path, steps: int) -> dict[str, float]:
         results = json.loads(file.read_text(encoding="utf-8"))
         final = results[[name for name in results if name.startswith("stage")][-1]]
         nan = lambda x: math.nan if x is None else float(x)
-        row = {"valid": min(nan(r["valid"]) for r in final.values()), "MAE@1": nan(final["1"]["mae"])}
-        row |= {f"tau@{n}": nan(r["tau"]) for n, r in final.items() if n != "1"}
+        row = {
+            "valid": min(nan(r["valid"]) for r in final.values()),
+            **{f"MAE@{n}": nan(r["mae"]) for n, r in final.items()},
+        }
+        for metric in ("tau", "tau_values"):
+            row |= {f"{metric}@{n}": nan(r[metric]) for n, r in final.items() if n != "1"}
         file = folder / "metrics.jsonl"
         logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if len({(log["stage"], log["step"]) for log in logs}) != steps:
@@ -185,6 +221,17 @@ def table_rows(rows: Rows) -> list[list[str]]:
     return [["", *names], *cells]
 
 
+def write_csv(rows: Rows, seeds: list[int], path: Path) -> None:
+    """A line for each variant and seed. What is undefined stays empty."""
+    names = list(next(iter(rows.values()))[0])
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", *names])
+        for variant, of in rows.items():
+            for seed, row in zip(seeds, of, strict=True):
+                writer.writerow([variant, seed, *("" if math.isnan(row[name]) else row[name] for name in names)])
+
+
 def picture(experiment: str, rows: Rows, path: Path) -> None:
     """MAE and tau of each variant: a bar for the mean over seeds, a dot for each seed."""
     import matplotlib
@@ -193,8 +240,12 @@ def picture(experiment: str, rows: Rows, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [name for name in next(iter(rows.values()))[0] if name.startswith(("MAE", "tau"))]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], shown, strict=True):
+    wide = min(5, len(shown))
+    high = -(-len(shown) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(3.2 * wide, 3.4 * high), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, shown, strict=False):
         for x, (variant, seeds) in enumerate(rows.items()):
             values = [row[name] for row in seeds]
             axis.bar(x, mean(values), width=0.6, color=f"C{x}", alpha=0.55, label=variant)
@@ -245,15 +296,19 @@ def ablate(argv: list[str]) -> None:
         for variant in EXPERIMENTS[experiment]
     }
     check_writable(Path(f"runs/ablate-{experiments[0]}.txt"), "runs/")
+    different = {run.name: run for of in runs.values() for run in of}
+    print(f"{len(different)} runs, {sum(run.steps for run in different.values())} steps", file=sys.stderr)
     for experiment in experiments:
-        Trainer().train_all([run for (e, _), of in runs.items() if e == experiment for run in of], args.jobs)
+        ours = {run.name: run for (e, _), of in runs.items() if e == experiment for run in of}
+        Trainer().train_all(list(ours.values()), args.jobs)
         rows = {v: [read_run(run.folder, run.steps) for run in of] for (e, v), of in runs.items() if e == experiment}
         text = format_table([[row[0], *(f" {c}" for c in row[1:])] for row in table_rows(rows)])
         seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
         print(f"\n{experiment}, {seeds}: mean (lowest to highest)\n\n{text}", flush=True)
         Path(f"runs/ablate-{experiment}.txt").write_text(text + "\n", encoding="utf-8")
+        write_csv(rows, args.seeds, Path(f"runs/ablate-{experiment}.csv"))
         picture(experiment, rows, Path(f"runs/ablate-{experiment}.png"))
-        print(f"\nwrote runs/ablate-{experiment}.txt and runs/ablate-{experiment}.png", file=sys.stderr)
+        print(f"\nwrote runs/ablate-{experiment}.txt, .csv and .png", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -72,6 +72,12 @@ class Settings:
     )
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
     clip_high: float = setting(0.2, "and above 1 + clip_high")
+    advantage: str = setting(
+        "group",
+        "group: (r - mean) / std; centred: without std; best: mean and std with the best possible reward among "
+        "them; parts: of each weighted reward by itself, then summed",
+        choices=("group", "centred", "best", "parts"),
+    )
     normalize: str = setting(
         "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
     )

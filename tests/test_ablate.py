@@ -29,11 +29,11 @@ def test_table_says_how_many_seeds_have_a_value():
 
 def finished_run(folder):
     folder.mkdir(parents=True)
-    row = {"valid": 0.5, "mae": 2.0, "tau": None}
+    row = {"valid": 0.5, "mae": 2.0, "tau": None, "tau_values": None}
     blind = {"1": {"valid": 1.0, "mae": 5.0, "constant": 10.0}}
     results = {
         "base": {"1": row},
-        "stage 2": {"1": row, "2": row | {"valid": 0.25, "tau": 0.5}},
+        "stage 2": {"1": row, "2": row | {"valid": 0.25, "mae": 3.0, "tau": 0.5, "tau_values": 0.75}},
         "best constant": blind,
     }
     (folder / "results.json").write_text(json.dumps(results))
@@ -48,7 +48,15 @@ def test_a_row_is_read_from_the_last_stage_and_the_steps(tmp_path):
     finished_run(tmp_path / "run")
     row = ablate.read_run(tmp_path / "run", steps=2)
     known = {name: value for name, value in row.items() if not math.isnan(value)}
-    assert known == {"valid": 0.25, "MAE@1": 2.0, "tau@2": 0.5, "entropy": 1.0, "mutated": 0.25}
+    assert known == {
+        "valid": 0.25,
+        "MAE@1": 2.0,
+        "MAE@2": 3.0,
+        "tau@2": 0.5,
+        "tau_values@2": 0.75,
+        "entropy": 1.0,
+        "mutated": 0.25,
+    }
     assert set(row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
 
 
@@ -69,7 +77,11 @@ def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(tmp_path, m
     (tmp_path / "train.py").write_text("import sys; print(sys.argv[1:])")  # in the place of the real one
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     run = ablate.plan_run("rmo", "RMO off", 3, ["--steps1", "7"])
-    assert run.name == "ablate-rmo-rmo-off-3" and run.settings["rmo_k"] == 0 and run.settings["steps1"] == 7
+    assert (
+        run.name == "ablate-steps1-7-group-size-4-delta-1-0-rmo-k-0-seed-3"
+        and run.settings["rmo_k"] == 0
+        and run.settings["steps1"] == 7
+    )
     log = tmp_path / "runs" / f"{run.name}.log"
 
     ablate.Trainer().train_all([run], jobs=1)
@@ -89,13 +101,15 @@ def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(tmp_path, m
 
 def test_a_run_that_fails_stops_the_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wait = "import sys, time\nif '0' in sys.argv: sys.exit('train.py: no such luck')\ntime.sleep(600)"
+    wait = "import sys, time\nif sys.argv[sys.argv.index('--seed') + 1] == '0': sys.exit('train.py: no such luck')\ntime.sleep(600)"
     (tmp_path / "train.py").write_text(wait)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     runs = [ablate.plan_run("rmo", "RMO on", seed, []) for seed in (0, 1, 2, 3)]
-    with pytest.raises(CommandError, match="rmo-on-0 failed .*no such luck.* see runs/ablate-rmo-rmo-on-0.log"):
+    with pytest.raises(
+        CommandError, match="seed-0 failed .*no such luck.* see runs/ablate-group-size-4-delta-1-0-seed-0.log"
+    ):
         ablate.Trainer().train_all(runs, jobs=2)
-    assert not (tmp_path / "runs/ablate-rmo-rmo-on-3.log").exists()
+    assert not (tmp_path / "runs" / f"{runs[3].name}.log").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,3 +138,21 @@ def test_unknown_settings_are_refused(argv, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         ablate.main(argv)
     assert error.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
+    name = lambda experiment, variant, seed=0: ablate.plan_run(experiment, variant, seed, []).name
+    assert name("reward", "joint") == name("stages", "two stages") == name("advantage", "group")
+    several = [name(e, v, seed) for e, of in ablate.EXPERIMENTS.items() for v in of for seed in (0, 1)]
+    assert len(set(several)) < len(several)
+    settings = {}
+    for e, of in ablate.EXPERIMENTS.items():
+        for v in of:
+            run = ablate.plan_run(e, v, 0, [])
+            assert settings.setdefault(run.name, (run.settings, run.program)) == (run.settings, run.program)
+    assert ablate.plan_run("reward", "imitation", 0, []).program == "experiments/imitate.py"
+
+
+def test_csv_has_a_line_for_each_seed(tmp_path):
+    ablate.write_csv({"on": [{"tau": 0.5}, {"tau": math.nan}]}, [3, 4], tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().split() == ["variant,seed,tau", "on,3,0.5", "on,4,"]

@@ -191,3 +191,33 @@ def test_steps_and_prompts_have_random_streams_of_their_own(policy, items):
     twice = collect(learner, stage, samples=[samples[0]] * 3)  # the same prompt three times: not the same answers
     assert len(set(twice.texts)) > G
     assert math.isfinite(first.sampled_logp.sum())
+
+
+def test_advantages_of_the_parts_of_a_reward_by_hand():
+    # regression 0, 1 and ranking 1, 0: the sum has no spread, each part has. Weighted by 1 and 2: -1 + 2 and 1 - 2.
+    scored = [reward.Reward(1.0, 0.0, 1.0, 2.0), reward.Reward(1.0, 1.0, 0.0, 2.0)]
+    stage = lambda w_rank: train.Stage(2, 1, None, train.RewardWeights(1, w_rank, 1), 12)
+    of = lambda how, w_rank=1.0: train.advantages_of(Settings(group_size=2, advantage=how), stage(w_rank), scored, 2)
+    assert of("group").tolist() == of("centred").tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(of("parts", 2.0), torch.tensor([[1.0, -1.0]]), atol=1e-3, rtol=0)
+    # 2, 2 and the best, 3: mean 7/3, std sqrt(2)/3, A = -1/sqrt(2)
+    torch.testing.assert_close(of("best"), torch.full((1, 2), -math.sqrt(0.5)), atol=1e-3, rtol=0)
+    assert of("best", 0.0).tolist() == [[0.0, 0.0]]  # 2 is then the most that there is
+
+
+def test_imitation_raises_the_probability_of_the_truth_with_the_gradient_of_the_likelihood(policy, items):
+    from experiments import imitate
+
+    stage, learner = make_stage(items), make_learner(policy)
+    samples = stage.sampler.batch(0)
+    prompts = data.make_prompts(learner.policy, samples)
+    learner.prepare(prompts)
+    batch = imitate.collect(learner, stage, 0, samples, prompts, {})
+    assert [r.total for r in batch.scored] == [3.0] * 3
+    assert rarl.decode(learner.policy, batch.ids, batch.mask) == [data.reference_answer(sample) for sample in samples]
+    logp, _ = rarl.logprobs(learner.policy, prompts, batch.ids, batch.mask)
+    (-(logp * batch.mask).sum(1) / batch.mask.sum(1)).mean().backward()
+    norm = torch.stack([p.grad.norm() for p in learner.policy.parameters() if p.grad is not None]).norm().item()
+    learner.policy.zero_grad()
+    optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.0)
+    assert train.update(learner, optimizer, batch)["grad_norm"] == pytest.approx(norm, rel=1e-3)

@@ -442,3 +442,18 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_docstring_examples():
     assert doctest.testmod(grpo).attempted > 0
     assert doctest.testmod(grpo).failed == 0
+
+
+# ---- other advantages
+
+
+def test_the_best_possible_reward_gives_a_poor_group_without_spread_a_push():
+    # Of 0, 0, 0 and the best, 1: mean 1/4, std sqrt(3)/4, A = -1/sqrt(3). A group that earns the best has nothing to learn.
+    rewards = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([[-1 / math.sqrt(3)] * 3, [0.0] * 3], dtype=torch.float64)
+    torch.testing.assert_close(grpo.group_advantages(rewards, eps=0.0, best=1.0), expected)
+
+
+def test_without_the_division_advantages_keep_the_unit_of_rewards():
+    advantages = grpo.group_advantages(torch.tensor([[1.0, 5.0], [0.3, 0.3]]), divide=False)
+    assert advantages.tolist() == [[-2.0, 2.0], [0.0, 0.0]]
