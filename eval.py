@@ -358,7 +358,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     rows, predictions = {}, []
     for n, few in samples.items():
-        rows[n], answers = evaluate(policy, few, args.batch_size, progress=f"{n} image{'s' * (n > 1)}")
+        metrics, answers = evaluate(policy, few, args.batch_size, progress=f"{n} image{'s' * (n > 1)}")
+        rows[n] = metrics | {"remarks": remarks(answers)}
         predictions += answers
     results = {Path(args.model).name: rows} | blind_rows(samples, train_items)
     print(results_table(results))

@@ -427,7 +427,7 @@ def evaluate_everywhere(
 ) -> dict[int, dict]:
     """The policy on test prompts, with everything that is written about it.  -> number of images -> metrics"""
     answers = ask_everywhere(learner, samples, name)
-    rows = {n: evaluation.summarize(some) for n, some in answers.items()}
+    rows = {n: evaluation.summarize(some) | {"remarks": remarks(some)} for n, some in answers.items()}
     predictions = [p for some in answers.values() for p in some]
     if learner.world.main:
         evaluation.write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")

@@ -1,6 +1,6 @@
 """Makes tiny/, the embedded policy: a Qwen2.5-VL of 1.9 M parameters that stands in for the pretrained model.
 
-    python -m experiments.make_tiny            # MINUTES on one CPU core; writes tiny/ anew
+    python -m experiments.make_tiny            # about an hour on one CPU core; writes tiny/ anew
     python -m experiments.make_tiny --out X    # elsewhere
 
 RARL starts from a pretrained vision-language model: it sees well, it speaks JSON, and its numbers are poor. tiny/ is made to

@@ -57,7 +57,7 @@ def damage(folder: Path) -> str | None:
 
 def check_policy(folder: str | Path) -> None:
     """Raise ModelError if a policy that training saved is no longer what was saved: it would answer differently, silently."""
-    if (Path(folder) / "checksums.json").is_file() and (wrong := damage(Path(folder))):
+    if os.path.lexists(Path(folder) / "checksums.json") and (wrong := damage(Path(folder))):
         raise rarl.ModelError(
             f"model {folder}: {wrong}: restore the folder, train again, or delete its checksums.json if the change is yours"
         )

@@ -123,5 +123,5 @@ def output_folder(args: argparse.Namespace, *name: str) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # found out now, not after an hour of evaluation
             return out
-    except OSError as error:
-        raise DataError(f"nothing can be written to --out {out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        raise DataError(f"nothing can be written to --out {out}: {getattr(error, 'strerror', error)}") from None

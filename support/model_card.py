@@ -1,4 +1,4 @@
-"""What a run says at its end: two sentences on what was learned, and a model card beside the weights."""
+"""What a run says at its end: a few sentences on what was learned, and a model card beside the weights."""
 
 import dataclasses
 import json
@@ -16,7 +16,8 @@ BLIND_VALUE, BLIND_ORDER = "best constant by MAE", "prompt order"  # rows of eva
 
 
 def what_was_learned(results: Results) -> str:
-    """Two sentences: how far values and order came from the first policy to the last, and what a blind one would get.
+    """How far values and order came from the first policy to the last, what a blind one would get, and how many answers
+    that rests on.
 
     results: rows of policies, the first and the last of them are compared, and those of eval.blind_rows.
     """
@@ -26,7 +27,7 @@ def what_was_learned(results: Results) -> str:
     errors, blind = (_change(results, names, "mae", numbers) for names in ((first, last), (BLIND_VALUE,)))
     said = [
         f"From {first} to {last}, the mean error of the values went from {errors[0]} to {errors[1]} at "
-        f"{' / '.join(map(str, numbers))} images in a prompt; one constant value for all errs by {blind[0]}."
+        f"{' / '.join(map(str, numbers))} images in a prompt; the best constant errs by {blind[0]}."
     ]
     several = [n for n in numbers if n > 1]
     if several:
@@ -35,11 +36,13 @@ def what_was_learned(results: Results) -> str:
             f"Tau of the order went from {taus[0]} to {taus[1]} at {' / '.join(map(str, several))} images; "
             f"the order of the prompt has {blind[0]}."
         )
+    valid = _change(results, (first, last), "valid", numbers, ".0%")
+    said.append(f"This is of valid answers alone: {valid[0]} of {first}'s answers, {valid[1]} of {last}'s.")
     return " ".join(said)
 
 
-def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list[int]) -> list[str]:
-    shown = lambda x: "-" if x is None or math.isnan(x) else f"{x:.2f}"
+def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list[int], form: str = ".2f") -> list[str]:
+    shown = lambda x: "-" if x is None or math.isnan(x) else format(x, form)
     return [" / ".join(shown(results.get(name, {}).get(n, {}).get(metric)) for n in numbers) for name in names]
 
 

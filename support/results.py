@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from support.tables import format_number, format_table
 
-Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize
+Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize, and the `remarks`
 
 COLUMNS = {"valid": "valid", "n": "n", "mae": "MAE", "accuracy": "accuracy", "srcc": "SRCC", "plcc": "PLCC",
            "regression": "R_reg", "tau": "tau", "tau_values": "tau_values", "tau_n": "n (tau)"}  # fmt: skip
@@ -36,8 +36,11 @@ def results_table(results: Results) -> str:
 
 
 def _label(name: str, row: dict) -> str:
-    constant = row.get("constant")
-    return name if constant is None or math.isnan(constant) else f"{name}: {constant:g}"
+    """With the constant of a blind row, if it says one. Several tasks have one each, so that row may well correlate."""
+    if not name.startswith("best constant"):
+        return name
+    constant = row.get("constant", math.nan)
+    return f"{name}, one per task" if math.isnan(constant) else f"{name}: {constant:g}"
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -256,9 +257,10 @@ class RunFolder:
                 write_text(file, "".join(kept))
 
 
-def _metrics(row: dict) -> dict[str, float]:
+def _metrics(row: dict) -> dict[str, Any]:
     """One row of results.json with nan for null. Raises ValueError or AttributeError if it is none."""
-    if not {"n", "valid"} <= row.keys() or not all(x is None or isinstance(x, int | float) for x in row.values()):
+    numbers = [x for name, x in row.items() if name != "remarks"]
+    if not {"n", "valid"} <= row.keys() or not all(x is None or isinstance(x, int | float) for x in numbers):
         raise ValueError("a row of it is not what was written")
     return {name: math.nan if x is None else x for name, x in row.items()}
 

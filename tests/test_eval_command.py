@@ -78,6 +78,7 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
         ("--model {tmp} --data coco", "--data-root"),
         ("--model {tmp} --data dots --out {tmp}/file", "file: File exists"),
         ("--model {tmp} --data dots --out /proc/self", "nothing can be written to --out /proc/self"),
+        ("--model {tmp} --data dots --out a\0b", "nothing can be written to --out a"),
         ("--model {tmp} --data dots --delta 0", "--delta 0.0 must be positive"),
         ("--model {tmp} --data dots --delta nan", "--delta nan must be positive"),
         ("--model {tmp} --data dots --decimals 10", "--decimals 10 must be a whole number"),
@@ -328,6 +329,10 @@ def test_a_policy_that_is_not_what_was_saved_is_refused(tmp_path, what):
     (tmp_path / "task.json").unlink()  # else it would be asked another question, silently
     with pytest.raises(SystemExit, match="is incomplete.*task.json"):
         evaluation.main(["--model", str(tmp_path), "--device", "cpu", *what])
+    (tmp_path / "checksums.json").unlink()
+    (tmp_path / "checksums.json").mkdir()
+    with pytest.raises(SystemExit, match="is incomplete.*checksums.json"):
+        evaluation.main(["--model", str(tmp_path), "--device", "cpu", *what])
 
 
 def test_images_are_shrunk_as_asked(policy, tmp_path, monkeypatch):
@@ -355,6 +360,8 @@ def test_a_blind_policy_is_named(policy, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "note: the policy says one value of nearly all images" in output
     assert "in the order of the prompt, so its tau is chance: 100% of its lists at 2 images" in output
+    known = json.loads((tmp_path / "out/results.json").read_text())["x"]["2"]["remarks"]
+    assert len(known) == 2 and all(f"note: {remark}" in output for remark in known)
 
 
 def test_an_unreadable_test_image_is_named_before_the_model_is_loaded(tmp_path, monkeypatch):

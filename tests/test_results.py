@@ -1,8 +1,9 @@
 """The table of results and the remarks beside it."""
 
+import dataclasses
 import json
 
-from fakes import answer, sample
+from fakes import TASK, answer, sample
 
 import eval as evaluation
 from support.results import remarks, results_table
@@ -61,6 +62,14 @@ def test_blind_rows_stand_last_and_say_their_constant():
     back = json.loads(json.dumps(finite(results)))
     back = {name: {int(n): metrics for n, metrics in rows.items()} for name, rows in back.items()}
     assert results_table(back) == results_table(results)
+
+
+def test_constants_of_several_tasks_are_not_shown_as_one():
+    other = dataclasses.replace(TASK, name="other")
+    samples = {1: [sample(2), sample(2), sample(9, task=other), sample(9, task=other)]}
+    blind = evaluation.blind_rows(samples, [item for s in samples[1] for item in s.items])
+    assert blind["best constant by MAE"][1]["srcc"] > 0.99, "2 for the one and 9 for the other: it correlates"
+    assert "best constant by R_reg, one per task " in results_table(blind)
 
 
 def test_remarks_name_a_policy_that_says_one_value_nearly_always():

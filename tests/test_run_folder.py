@@ -37,6 +37,13 @@ def test_stage_2_anew_is_not_taken_for_complete(tmp_path):
     assert (out / "metrics.jsonl").read_text() == '{"stage": 1, "step": 0}\n'
 
 
+def test_remarks_are_kept_when_a_run_goes_on(tmp_path):
+    folder = RunFolder(tmp_path, CPU)
+    results = {"base": {2: {"n": 60, "valid": 1.0, "remarks": ["the policy says one value"]}}}
+    folder.write_results(results)
+    assert folder.read_results() == results
+
+
 def test_an_earlier_run_is_moved_aside(tmp_path):
     earlier = tmp_path / "runs" / "rarl"
     earlier.mkdir(parents=True)

@@ -38,6 +38,7 @@ def test_both_stages_end_to_end(finished):
     assert table in printed
     results = json.loads((out / "results.json").read_text())
     assert list(results)[:3] == ["base", "stage 1", "stage 2"] and list(results["base"]) == ["1", "2", "4"]
+    assert all(type(row["remarks"]) is list for row in results["stage 2"].values())
     for name in ("base", "stage1", "stage2"):
         assert len(lines(out / f"predictions_{name}.jsonl")) == 12
     assert (out / "predictions.png").stat().st_size > 10_000
