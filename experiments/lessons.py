@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import data
 import eval as evaluation
 import rarl
+from experiments.commands import CommandError
 from support.drawings import drawn_item
 from support.tables import format_number, format_table, mean
 
@@ -46,12 +47,21 @@ class Lesson:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         factor = lambda step: min((step + 1) / 100, 1) * (1 + math.cos(math.pi * step / steps)) / 2
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.shown: dict[str, float] = {}
         if file.exists():
-            state = torch.load(file, weights_only=True)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Raises CommandError if what was kept is damaged."""
+        try:
+            state = torch.load(self.file, weights_only=True)
             for part, saved in zip(self._parts(), state["parts"], strict=True):
                 part.load_state_dict(saved)
             self.first = state["step"]
-        self.shown: dict[str, float] = {}
+        except Exception as error:  # on damaged bytes torch raises whatever it happens to run into
+            raise CommandError(
+                f"{self.file} is damaged ({type(error).__name__}): delete it, and its lesson begins anew"
+            ) from None
 
     def _parts(self) -> tuple:
         return self.modules, self.optimizer, self.schedule

@@ -10,6 +10,7 @@ import data
 import rarl
 import reward
 from experiments import lessons
+from experiments.commands import CommandError
 from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, exact_answer, examine, read_lists, rotated
 
 
@@ -104,6 +105,11 @@ def test_a_lesson_goes_on_where_it_was(tmp_path, monkeypatch):
     learn(tmp_path / "cut.pt", stop=250)  # kept after 200
     resumed = learn(tmp_path / "cut.pt")
     assert all(a.equal(b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    content = (tmp_path / "cut.pt").read_bytes()
+    for damaged in (content[: len(content) // 2], b""):
+        (tmp_path / "cut.pt").write_bytes(damaged)
+        with pytest.raises(CommandError, match="cut.pt is damaged .*: delete it"):
+            learn(tmp_path / "cut.pt")
 
 
 def test_the_examination_notices_a_policy_that_knows_nothing(policy, seen):
