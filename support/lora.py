@@ -12,6 +12,7 @@ This file needs nothing else of the project. A model is a transformers model, or
 
 import contextlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -167,7 +168,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        sound = isinstance(config["base_model_name_or_path"], str) and config["r"] >= 1 and config["lora_alpha"] > 0
+        sound = (
+            isinstance(config["base_model_name_or_path"], str)
+            and config["r"] >= 1
+            and 0 < config["lora_alpha"] < math.inf
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
     if not sound or config.get("peft_type") != "LORA":

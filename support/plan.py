@@ -9,6 +9,7 @@ C hidden size, I width of the MLP, H query heads, D head size, V vocabulary. GB 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,8 +197,8 @@ def sizes(config: Any) -> tuple[int, int, int]:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits; 0 if none does."""
-    return next((n for n in range(most, 0, -1) if fits(n)), 0)
+    """The largest number up to `most` that fits; 0 if none does. By bisection: where n fits, so does less."""
+    return bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
 
 
 def read_model(path: str | Path) -> Any:
@@ -209,6 +210,10 @@ def read_model(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"the model is a {config.model_type}, and this code runs qwen2_5_vl")
+        text, vision = config.text_config, config.vision_config
+        counts = (text.num_key_value_heads, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        if min(*sizes(text), *sizes(vision), *counts) < 1:
+            raise ValueError("a size in it is not positive")
         with torch.device("meta"):
             return Backbone(config)
     except Exception as error:  # damaged JSON makes transformers raise anything

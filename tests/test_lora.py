@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import peft
@@ -362,6 +363,7 @@ BAD = {
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
     "no rank": (reconfigured(r=None), "adapter_config.json cannot be read"),
     "another method": (reconfigured(peft_type="IA3"), "does not describe a LoRA adapter"),
+    "no scale": (reconfigured(lora_alpha=math.inf), "does not describe a LoRA adapter"),
     "another scale": (reconfigured(use_rslora=True), "use_rslora is not supported"),
     "another rank": (reconfigured(r=5), "is not of rank 5, or not of the base's size"),
     "no base": (reconfigured(base_model_name_or_path="gone/for/good"), "gone/for/good does not exist (base_model_name"),

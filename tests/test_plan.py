@@ -148,6 +148,7 @@ def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
         (None, [], "model folder .* does not exist"),
         ("{", [], "cannot read config.json"),
         (json.dumps({"model_type": "bert"}), [], "the model is a bert"),
+        ((TINY / "config.json").read_text().replace('"patch_size": 14', '"patch_size": 0'), [], "a size in it is not"),
         ((TINY / "config.json").read_text(), ["--data", "cats"], "--data cats is unknown"),
         ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory -1.0 must be positive"),
     ],
