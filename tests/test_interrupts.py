@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 import train
-from support.interrupts import Interrupted, Stop
+from support.interrupts import Interrupted, Stop, leave
+from support.settings import SettingError
 
 
 @pytest.fixture
@@ -61,3 +63,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch, stop):
     monkeypatch.setattr(train, "run", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):
         train.main([])
+
+
+@pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), SettingError("no such folder")])
+def test_of_several_processes_the_main_one_speaks(monkeypatch, capsys, error):
+    """The others wait longer than torchrun needs to end them, and are silent after a signal, which all have heard."""
+    left, slept = [], []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for rank in range(3):
+        with pytest.raises(SystemExit):  # os._exit would have ended it already
+            leave("train.py", error, rank, 3)
+        said = capsys.readouterr().err
+        assert said == f"train.py: {error}\n" or (rank > 0 and said == "" and isinstance(error, Interrupted))
+    assert left == [143 if isinstance(error, Interrupted) else 1] * 3
+    assert len(slept) == 2 and min(slept) == (0.2 if isinstance(error, Interrupted) else 10)

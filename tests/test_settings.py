@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,11 @@ def test_a_resumed_run_has_its_own_settings(saved):
     assert parse_settings(["--name", "mine", "--resume"]) == dataclasses.replace(saved, resume=True)
     again = parse_settings(["--name", "mine", "--resume", "--seed", "5", "--freeze-vision"])  # the same: fine
     assert again == dataclasses.replace(saved, resume=True)
+
+
+def test_a_renamed_folder_goes_on_under_its_new_name(saved):
+    Path("runs/mine").rename("runs/ours")
+    assert parse_settings(["--name", "ours", "--resume"]) == dataclasses.replace(saved, name="ours", resume=True)
 
 
 def test_what_an_out_of_memory_error_asks_for_may_change(saved):
