@@ -132,6 +132,8 @@ def rescue(argv: list[str] | None) -> None:
         raise CommandError("--steps and --jobs must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
         raise CommandError("--seeds must all differ")
+    if args.out.suffix != ".png":
+        raise CommandError(f"--out {args.out} must end in .png")
     check_writable(args.out, "--out")
     check_writable(Path("runs/rescue.txt"), "runs/")
     base = make_base(ROOT / "tiny")

@@ -70,7 +70,13 @@ def test_a_damaged_run_is_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "argv, message", [(["--steps", "0"], "--steps"), (["--seeds", "1", "1"], "--seeds"), (["--out", "x/\0"], "--out")]
+    "argv, message",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--seeds", "1", "1"], "--seeds"),
+        (["--out", "x/\0.png"], "--out: x"),
+        (["--out", "x.xyz"], "--out x.xyz must end in .png"),
+    ],
 )
 def test_bad_settings_are_found_before_anything_runs(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
