@@ -126,13 +126,15 @@ def load_policy(
 
     Training keeps float32 weights (lr 1e-6 vanishes in bf16) and computes in bf16 under autocast. Weights are read
     from safetensors only. Raises ModelError when a file is missing or damaged or does not fit the others, when a weight
-    is not finite, and for a device that is not there.
+    is not finite, and for a device that is not there. On the device "meta" weights and buffers have no values: nothing
+    is read but the small files.
     """
     path = str(path_or_hub_id)
     check_path(path)
+    empty = str(device) == "meta"
     what, way_out = f"use device {str(device)!r}", "try cpu"
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device="cpu" if empty else device).item()
         what, way_out = "read config.json", "copy that file again from where the model came from"
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
@@ -150,10 +152,14 @@ def load_policy(
         if torch.tensor([processor.image_mean, processor.image_std]).shape != (2, 3):
             raise ValueError("its image_mean and image_std are not three numbers each")
         what = "read its weights (model.safetensors, generation_config.json)"
-        options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
-        loaded: Any = Backbone.from_pretrained(path, dtype=dtype, **options)
-        model, keys = loaded
-        _check_weights(model, keys)
+        if empty:
+            with torch.device("meta"):
+                model = Backbone._from_config(config, dtype=dtype)
+        else:
+            options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+            loaded: Any = Backbone.from_pretrained(path, dtype=dtype, **options)
+            model, keys = loaded
+            _check_weights(model, keys)
         policy = Policy(model.eval(), tokenizer, processor)
     except Exception as error:  # tokenizers raises plain Exceptions; damaged JSON makes transformers raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -212,11 +218,16 @@ def cast_copy(
     """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions.
 
     kind    of modules whose weights are cast; those of others, and those that such a module shares with others, keep theirs
-    device  where the weights go, one by one, so that the copy never exists where the policy is; buffers stay there
+    device  where the weights go, one by one, so that the copy never exists where the policy is; buffers stay there.
+            Weights without values (on "meta") have none there either
     """
     others = (module for module in policy.modules() if not isinstance(module, kind))
     kept = {id(p) for module in others for p in module.parameters(recurse=False)}
-    cast = lambda p: p.detach().to(device or p.device, p.dtype if id(p) in kept else dtype, copy=True)
+
+    def cast(p: Tensor) -> Tensor:
+        new = torch.empty_like(p, dtype=p.dtype if id(p) in kept else dtype, device=device or p.device)
+        return new if p.is_meta else new.detach().copy_(p.detach())
+
     # deepcopy takes what the memo already holds: the weights are copied once, in `dtype`, and tied ones stay tied.
     memo = {id(p): nn.Parameter(cast(p), requires_grad=False) for p in policy.parameters()}
     return copy.deepcopy(policy, memo)

@@ -459,7 +459,7 @@ def run(s: Settings, stop: Stop) -> Results:
         train_items, test_items, val_items = load_items(s, world)
         if world.main:
             print(f"loading {start.model}", file=sys.stderr)
-        policy = load_start(start.model, s, world.device)
+        policy = load_start(start.model, s, world.device, read=world.main)
         steps = {1: s.steps1, 2: s.steps2}
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
         stages = [make_stage(number, policy, train_items, val_items, s, show=world.main) for number in numbers]

@@ -2,12 +2,11 @@
 
 Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
 decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
-decoding. With LoRA nothing is sharded: each rank needs the whole base to decode, and adapters are small. This file
+decoding. The main rank alone reads the model; the others get it layer by layer (`spread`). With LoRA nothing is sharded: each rank needs the whole base to decode, and adapters are small. This file
 and support/policies.py are where the compute dtype is named: bf16 on a GPU, float32 on a CPU.
 """
 
 import contextlib
-import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,20 +94,23 @@ class Learner:
         self.rollout_policy = policy
         self.lora = bool(lora.lora_layers(policy))
         self.vision_frozen = not any(p.requires_grad for p in policy.model.model.visual.parameters())
-        if world.device.type == "cuda" and not self.lora:
-            self.rollout_policy = rarl.cast_copy(policy, torch.bfloat16, device=world.device).to(world.device)
-        elif world.size > 1 and not self.lora:
-            self.rollout_policy = copy.deepcopy(policy).requires_grad_(False)
+        spread(policy, world, "buffers")
+        if not self.lora and (world.device.type == "cuda" or world.size > 1):
+            dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+            self.rollout_policy = rarl.cast_copy(policy, dtype, device=world.device).to(world.device)
         if s.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
         self.shard(policy)
+        if world.size > 1:
+            self.sync_rollout_policy()  # but for the main rank's it has no values yet
         self.reference: rarl.Policy | None = None
         self.began: lora.Adapters | None = None  # LoRA: the adapters that the stage began with; None: B was 0
 
     def shard(self, policy: rarl.Policy) -> None:
-        """Move the policy to its device; on several processes, give each a part of every layer's weights."""
+        """Move the main rank's policy to the devices; of several processes each keeps a part of every layer's weights."""
         world = self.world
         if world.size == 1 or self.lora:
+            spread(policy, world, "parameters")
             policy.to(world.device)
             return
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -117,7 +119,8 @@ class Learner:
             # Inputs are left alone: the vision tower's rotary angles come in float32 and would lose digits in bf16.
             precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         layers = [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]
-        for module in [*layers, policy]:
+        for module in [*layers, policy]:  # no rank but the main one ever has more than one of them whole
+            spread(module, world, "parameters")
             fully_shard(module, mesh=mesh, mp_policy=precision)
 
     def begin_stage(self) -> torch.optim.Optimizer:
@@ -136,8 +139,9 @@ class Learner:
             # leaves embeddings and norms in float32.
             dtype = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
             self.reference = rarl.cast_copy(self.policy, dtype, nn.Linear)
-        elif s.beta > 0:  # the rollout policy holds the same weights whole, where they are sharded: no copy on the host
-            self.reference = copy.deepcopy(self.rollout_policy).requires_grad_(False)
+        elif s.beta > 0:  # from the rollout policy of the main rank, which holds the same weights whole
+            whole, device = self.rollout_policy, self.world.device if self.world.main else torch.device("meta")
+            self.reference = rarl.cast_copy(whole, whole.model.dtype, device=device)
             self.shard(self.reference)
         return optimizer
 
@@ -201,6 +205,26 @@ class Learner:
             if self.rollout_policy.model.config.tie_word_embeddings:
                 whole.pop("lm_head.weight", None)  # the embeddings' own, listed twice
             rarl.save_policy(self.rollout_policy, folder, whole)
+
+
+@torch.no_grad()
+def spread(module: nn.Module, world: World, kind: str) -> None:
+    """Give each rank, on its device, the main rank's "parameters" or "buffers" of a module. What is sharded stays.
+
+    On the other ranks they may be on the device "meta", without values. Tied weights stay tied.
+    """
+    if world.size == 1:
+        return
+    received: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for name, ours in list(getattr(part, f"named_{kind}")(recurse=False)):
+            if isinstance(ours, DTensor):
+                continue
+            if ours not in received:
+                whole = ours.detach().to(world.device) if world.main else torch.empty_like(ours, device=world.device)
+                dist.broadcast(whole, 0)
+                received[ours] = nn.Parameter(whole, ours.requires_grad) if kind == "parameters" else whole
+            setattr(part, name, received[ours])
 
 
 def micro_batches(batch, wanted: list[int], limit: int) -> list[list[int]]:

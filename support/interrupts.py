@@ -71,8 +71,10 @@ def leave(program: str, error: BaseException, rank: int = 0, size: int = 1) -> N
     process is gone; if it does not, the main process was not the one with the trouble, and they speak too.
     """
     if rank > 0:
-        with contextlib.suppress(BaseException):
+        try:
             time.sleep(0.2 if isinstance(error, Interrupted) else 10)
+        except (Interrupted, KeyboardInterrupt):  # torchrun ends this process: the main one has spoken
+            error = Interrupted(signal.SIGTERM)
     code = 128 + error.number if isinstance(error, Interrupted) else 1
     if rank == 0 or not isinstance(error, Interrupted):
         print(f"{program}: {error}", file=sys.stderr, flush=True)

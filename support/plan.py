@@ -182,9 +182,9 @@ class Plan:
     # Beside the GPU
 
     def host(self) -> float:
-        """Of all W processes, on one machine: each loads the whole model; later one gathers it to save it."""
+        """Of all W processes, on one machine: one of them loads the whole model, and gathers it later to save it."""
         best = 4 * self.trained if self.s.validate_every else 0
-        loading = self.W * self.weights * (2 if self.s.lora_rank else 4)
+        loading = self.weights * (2 if self.s.lora_rank else 4)
         return self.W * PROCESS + max(loading, best + (4 * self.trained if self.s.lora_rank else 4 * self.weights))
 
     def checkpoint(self) -> float:

@@ -33,14 +33,17 @@ def load_merged(path: str | Path) -> rarl.Policy:
     return policy
 
 
-def load_start(path: str | Path, s: Settings, device: torch.device) -> rarl.Policy:
+def load_start(path: str | Path, s: Settings, device: torch.device, read: bool = True) -> rarl.Policy:
     """The policy that a stage begins with, with the settings that concern it. Not yet on the device.
+
+    Of several processes the main one alone reads the weights. The others get theirs from it, when they know which they
+    need (support/distributed.py), and have a policy on the device "meta" until then (read=False).
 
     With LoRA: a base with new adapters, or an adapter that goes on. Without: an adapter is merged into its base.
     """
     # A base that is trained has to be float32 (rarl.load_policy); a frozen one is kept as it is multiplied with.
     lowered = s.lora_rank > 0 and device.type == "cuda"
-    policy = load_any(path, dtype=torch.bfloat16 if lowered else torch.float32)
+    policy = load_any(path, "cpu" if read else "meta", torch.bfloat16 if lowered else torch.float32)
     if s.max_pixels:  # areas, in spite of the names
         policy.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": s.max_pixels}
     layers = lora.lora_layers(policy.model)

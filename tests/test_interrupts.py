@@ -78,3 +78,11 @@ def test_of_several_processes_the_main_one_speaks(monkeypatch, capsys, error):
         assert said == f"train.py: {error}\n" or (rank > 0 and said == "" and isinstance(error, Interrupted))
     assert left == [143 if isinstance(error, Interrupted) else 1] * 3
     assert len(slept) == 2 and min(slept) == (0.2 if isinstance(error, Interrupted) else 10)
+
+
+def test_one_that_torchrun_ends_meanwhile_is_silent(monkeypatch, capsys, stop):
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        leave("train.py", SettingError("no such folder"), 1, 2)
+    assert capsys.readouterr().err == ""

@@ -369,7 +369,7 @@ def test_bad_calls_and_folders(policy, prompts, rollout, tmp_path):
             rarl.load_policy(path)
     with pytest.raises(rarl.ModelError, match="config.json"):
         rarl.load_policy(tmp_path)
-    for device in ("gpu", "cuda:99", "meta", ""):
+    for device in ("gpu", "cuda:99", "meta:1", ""):
         with pytest.raises(rarl.ModelError, match="cannot use device"):
             rarl.load_policy(tmp_path, device)
 

@@ -70,9 +70,22 @@ def test_same_seed_same_numbers_and_stages_apart(finished, tmp_path, monkeypatch
     assert (again / "stage2" / "model.safetensors").read_bytes() == (out / "stage2" / "model.safetensors").read_bytes()
 
 
+ONE_READS = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from transformers import Qwen2_5_VLForConditionalGeneration
+if os.environ["RANK"] != "0":
+    Qwen2_5_VLForConditionalGeneration.from_pretrained = None
+train.main()
+"""
+
+
 def test_two_processes_take_the_same_steps(finished, tmp_path):
+    """And only the main one reads the weights."""
     out, _ = finished
-    done = run_here(tmp_path, command(processes=2))
+    (tmp_path / "one_reads.py").write_text(ONE_READS)
+    done = run_here(tmp_path, ["one_reads.py" if x == str(ROOT / "train.py") else x for x in command(processes=2)])
     assert done.returncode == 0, done.stderr
     two = tmp_path / "runs" / "rarl"
     for a, b in zip(lines(out / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):

@@ -1,0 +1,51 @@
+"""Several processes, one model: the main rank alone reads the weights, and `spread` gives them to the others."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
+
+from support import lora
+from support.distributed import World, spread
+from support.policies import load_start
+from support.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+def test_others_load_without_reading_and_receive_all_that_the_main_rank_has(policy_folder, tmp_path, monkeypatch):
+    """What the main rank broadcasts is recorded, and played to another rank. Buffers are in no file: rotary angles, banned."""
+    base = load_start(policy_folder, Settings(lora_rank=3), CPU)
+    with torch.no_grad():
+        for layer in lora.lora_layers(base).values():
+            layer.B.normal_()
+    lora.save_adapter(base.model, tmp_path / "adapter")
+    for path, s in (
+        (policy_folder, Settings()),
+        (policy_folder, Settings(lora_rank=3, freeze_vision=True)),
+        (tmp_path / "adapter", Settings(lora_rank=3, lora_alpha=32.0)),
+    ):
+        main, sent = load_start(path, s, CPU), []
+        with monkeypatch.context() as patched:
+            patched.setattr(Backbone, "from_pretrained", None)
+            other = load_start(path, s, CPU, read=False)
+        assert all(x.is_meta for x in [*other.parameters(), *other.buffers()])
+        monkeypatch.setattr(dist, "broadcast", lambda x, src, sent=sent: sent.append(x.clone()))
+        expected = copy.deepcopy(main)
+        for kind in ("buffers", "parameters"):
+            spread(main, World(0, 2, CPU), kind)
+        playing = iter(sent)
+        monkeypatch.setattr(dist, "broadcast", lambda x, src, playing=playing: x.copy_(next(playing)))
+        for kind in ("buffers", "parameters"):
+            spread(other, World(1, 2, CPU), kind)
+        assert next(playing, None) is None
+        for one in (main, other):
+            for kind in ("named_buffers", "named_parameters"):
+                ours, theirs = (dict(getattr(x, kind)(remove_duplicate=False)) for x in (one, expected))
+                assert ours.keys() == theirs.keys() and len(ours) > 3
+                for name, x in ours.items():
+                    assert torch.equal(x, theirs[name]) and x.dtype == theirs[name].dtype, name
+                    assert x.requires_grad == theirs[name].requires_grad, name
+            assert one.state_dict().keys() == expected.state_dict().keys()  # no buffer has become a part of it
+            assert len(list(one.parameters())) == len(list(expected.parameters()))  # tied weights are still one
