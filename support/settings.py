@@ -40,7 +40,7 @@ class Settings:
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     # How much
     steps1: int = setting(40, "rollouts of stage 1 (regression, one image); 0 skips the stage")
-    steps2: int = setting(120, "rollouts of stage 2 (joint, several images); 0 skips the stage")
+    steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting(
