@@ -445,6 +445,8 @@ def run(s: Settings, stop: Stop) -> Results:
     check_tracker(s.track)
     if s.batch_size % world.size:
         raise SettingError(f"--batch-size {s.batch_size} must be a multiple of the number of processes, {world.size}")
+    if s.offload and world.size > 1:
+        raise SettingError("--offload is for one process: several share Adam's moments among their GPUs")
     folder = RunFolder(Path("runs") / s.name, world)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, s.keep)
     with folder.owned():

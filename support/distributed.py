@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 import rarl
 from support import lora
 from support.clock import Clock
+from support.offload import HostAdamW
 from support.settings import SettingError, Settings
 
 
@@ -127,7 +128,10 @@ class Learner:
         """A new optimiser; the reference becomes what the policy is now."""
         s = self.settings
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        if s.offload:
+            optimizer: torch.optim.AdamW = HostAdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
         make_optimizer_state(self.policy, optimizer)
         self.clock = Clock()
         self.reference = None  # frees the last stage's first

@@ -88,7 +88,8 @@ class Plan:
             weights, sampling = 4 * base / W, 2 * base
             # One process casts linear layers alone. Several cast all and shard it, but FSDP keeps the gathered root.
             reference = kl * (2 * self.linear + 4 * (base - self.linear) if W == 1 else 2 * base / W + 2 * self.root)
-        return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": 8 * self.trained / W,
+        moments = 0 if s.offload else 8 * self.trained / W
+        return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": moments,
                 "reference": reference, "copy that samples": sampling, "images of a step": images}  # fmt: skip
 
     def patch(self) -> int:
@@ -185,7 +186,9 @@ class Plan:
         """Of all W processes, on one machine: one of them loads the whole model, and gathers it later to save it."""
         best = 4 * self.trained if self.s.validate_every else 0
         loading = self.weights * (2 if self.s.lora_rank else 4)
-        return self.W * PROCESS + max(loading, best + (4 * self.trained if self.s.lora_rank else 4 * self.weights))
+        saving = best + (4 * self.trained if self.s.lora_rank else 4 * self.weights)
+        moments = 8 * self.trained if self.s.offload else 0
+        return self.W * PROCESS + moments + max(loading, saving)
 
     def checkpoint(self) -> float:
         """Trained weights and their two moments in float32, and those of the best policy once there is one."""
@@ -299,9 +302,9 @@ def plan_text(s: Settings, path: str | Path) -> str:
     """The table that --plan prints. Raises ModelError or DataError."""
     model = read_model(path)
     longest = longest_prompt(s, model)
-    plans = [Plan(model, s, longest, W) for W in PROCESSES]
+    plans = [Plan(model, s, longest, W) for W in (PROCESSES[:1] if s.offload else PROCESSES)]
     columns = [column(plan) for plan in plans]
-    table = [["GB per GPU, computed, not measured", *(f"W = {W}" for W in PROCESSES)]]
+    table = [["GB per GPU, computed, not measured", *(f"W = {plan.W}" for plan in plans)]]
     table += [[name, *(rows[name] for rows, _ in columns)] for name in columns[0][0]]
     head = (
         f"{s.model}: {plans[0].weights / 1e9:.2f} B parameters, {plans[0].trained / 1e9:.3g} B of them trained; "

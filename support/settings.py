@@ -107,6 +107,7 @@ class Settings:
     activation_checkpointing: bool = setting(
         False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
     )
+    offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
     workers: int = setting(1, "processes that read and resize the next steps' images; 0: none")
     plan: bool = setting(False, "print what the run needs in memory, for 1 to 8 processes, and end; reads no weights")
     gpu_memory: float = setting(80.0, "GB of a card, for --plan")
@@ -146,7 +147,7 @@ PRESETS = {
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
     "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track", "lora_merge",
-    "plan", "gpu_memory",
+    "plan", "gpu_memory", "offload",
 }  # fmt: skip
 
 
@@ -289,6 +290,7 @@ def check_settings(s: Settings) -> None:
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),
         ("clip_low", 0 <= s.clip_low <= 1, "must be from 0 to 1"),
+        ("offload", not (s.offload and s.lora_rank), "is of no use with --lora-rank: adapters have few moments"),
         ("lora_merge", s.lora_rank or not s.lora_merge, "needs --lora-rank"),
         ("freeze_vision", "vision" not in s.lora_targets or not s.freeze_vision, "goes with --lora-targets language"),
     ]

@@ -49,6 +49,8 @@ def test_roles_of_the_weights():
     one, four = (Plan(model, Settings(beta=0.0), some, W) for W in (1, 4))
     N = one.weights
     assert sum(one.state().values()) == 18 * N and sum(four.state().values()) == 16 * N / 4 + 2 * N
+    moments_on_host = Plan(model, Settings(beta=0.0, offload=True), some)
+    assert sum(moments_on_host.state().values()) == 10 * N and moments_on_host.host() == one.host() + 8 * N
     with_kl = Plan(model, Settings(), some).state()["reference"]
     reference = rarl.cast_copy(rarl.load_policy(TINY), torch.bfloat16, torch.nn.Linear)
     assert with_kl == sum(p.numel() * p.element_size() for p in reference.parameters())
