@@ -14,6 +14,9 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 sys.excepthook = _report
 
+# Before torch, whose C++ part would import it, and takes a Ctrl-C meanwhile for a numpy that is not installed.
+import numpy  # noqa: E402, F401
+
 
 def abandon_broken_stdout() -> None:
     """If nothing can be printed any more (a closed pipe, a full disk), do not let the interpreter try once more."""
