@@ -15,9 +15,8 @@ and questions that the summaries of the paper leave open:
 
 Every variant is a full `train.py` run with BUDGET and a few settings changed, for every seed, in runs/ablate-CHANGES. A run that is
 finished is not run again, whichever experiment asked for it, and one that was interrupted is resumed. The table shows the mean
-over seeds and the range
-(lowest to highest). Three seeds are few, so read a difference smaller than the ranges as none. Whatever comes out is reported:
-the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings with a model two-thousandth of its size.
+over seeds and the range (lowest to highest). Three seeds are few, so read a difference smaller than the ranges as none. Whatever
+comes out is reported: the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings with a model two-thousandth of its size.
 """
 
 import support.quiet_end  # isort: skip  # noqa: F401
@@ -31,6 +30,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,13 +117,16 @@ def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     usual, settings = dataclasses.asdict(parse_settings(BUDGET)), dataclasses.asdict(parse_settings(arguments))
     changed = [f"{key}-{value}" for key, value in settings.items() if key != "seed" and value != usual[key]]
     words = [*(["imitate"] if IMITATE in changes else []), *changed, f"seed-{seed}"]
-    return dataclasses.replace(plan(f"ablate-{slug('-'.join(words))[:150]}", arguments), program=program)
+    name = f"ablate-{slug('-'.join(words))}"
+    if len(name) > 150:  # too long for a folder; what is cut off, the seed among it, must still tell runs apart
+        name = f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
+    return plan(name, arguments, program)
 
 
-def plan(name: str, arguments: list[str]) -> Run:
+def plan(name: str, arguments: list[str], program: str = "train.py") -> Run:
     """Raises SettingError if train.py would refuse the settings."""
     arguments = ["--name", name, *arguments]
-    return Run(name, arguments, json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments)))))
+    return Run(name, arguments, json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments)))), program)
 
 
 def slug(variant: str) -> str:
@@ -155,7 +158,8 @@ class Trainer:
         log.parent.mkdir(exist_ok=True)
         resume = ["--resume"] if run.is_ours() else []
         command = [sys.executable, str(ROOT / run.program), *run.arguments, *resume]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for a program in experiments/
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a program in experiments/
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with open(log, "w", encoding="utf-8") as file:
             with self.lock:
                 if self.stopped:

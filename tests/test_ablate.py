@@ -151,6 +151,9 @@ def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
             run = ablate.plan_run(e, v, 0, [])
             assert settings.setdefault(run.name, (run.settings, run.program)) == (run.settings, run.program)
     assert ablate.plan_run("reward", "imitation", 0, []).program == "experiments/imitate.py"
+    long = ["--question", "How many dots? " * 20]
+    names = {ablate.plan_run("reward", "joint", seed, long).name for seed in (0, 1)}
+    assert len(names) == 2 and all(len(name) <= 150 for name in names)
 
 
 def test_csv_has_a_line_for_each_seed(tmp_path):
