@@ -11,23 +11,19 @@ import support.quiet_end  # isort: skip  # noqa: F401
 import torch
 
 import data
-import rarl
 import train
+from experiments.lessons import answers_of
 
 
 def collect(learner, stage, step, samples, prompts, history) -> train.Batch:
     """In the place of train.collect: the true answer to each of B prompts."""
     texts = [data.reference_answer(sample) for sample in samples]
-    answers = rarl.encode(learner.policy, texts)
-    B, T = len(texts), max(map(len, answers))
-    nothing = torch.full((B, T), learner.policy.eos_id), torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T)
-    device = learner.policy.device
-    rollout = rarl.Rollout(*(x.to(device) for x in nothing))
-    truth = train.with_mutated(learner.policy, rollout, [True] * B, texts)
+    ids, mask = (x.to(learner.policy.device) for x in answers_of(learner.policy, texts))  # (B, T) each
+    B, logp = len(texts), torch.zeros(ids.shape, device=ids.device)  # of answers that nobody sampled
     scored = [stage.reward(text, sample) for text, sample in zip(texts, samples, strict=True)]
     return train.Batch(
-        prompts, truth.ids, truth.mask, truth.logp, torch.ones(B, dtype=torch.bool), torch.ones(B, 1),
-        samples=samples, texts=texts, rewards=scored, scored=scored, sampled_tokens=truth.mask.sum(1),
+        prompts, ids, mask, logp, torch.ones(B, dtype=torch.bool), torch.ones(B, 1),
+        samples=samples, texts=texts, rewards=scored, scored=scored, sampled_tokens=mask.sum(1),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import data
 import eval as evaluation
 import rarl
+import reward
 from experiments.commands import CommandError
 from support.drawings import drawn_item
 from support.tables import format_number, format_table, mean
@@ -339,7 +340,7 @@ def examine(policy: rarl.Policy, seen: Seen, prompts: int = 48, answers: int = 8
             sampled, greedy = (_answered(policy, seen, samples, count) for count in (answers, 1))
             got, best = evaluation.summarize(sampled), evaluation.summarize(greedy)
             moved = mean(float(p["order"] != sorted(p["order"])) for p in sampled if p["order"])
-            rewards = [p["regression"] + p["strict"] + (0 if p["tau"] is None else (1 + p["tau"]) / 2) for p in sampled]
+            rewards = [reward.compute_reward(p["text"], p["labels"], task.delta).total for p in sampled]
             spread = float(torch.tensor(rewards).view(prompts, answers).std(1, correction=0).mean())
             numbers = [got["valid"], moved, got["tau"], got["mae"], spread, best["tau"], best["mae"]]
             name = f"{task.name}, {n} image{'s' * (n > 1)}"

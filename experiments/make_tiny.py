@@ -144,9 +144,9 @@ def make(argv: list[str] | None) -> None:
     parser.add_argument("--drawings", type=int, default=8192, help="drawings of each kind for the last two lessons")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     args = parser.parse_args(argv)
-    for name in ("eyes_steps", "rotated_steps", "sorted_steps", "habits_steps"):
-        if getattr(args, name) < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in LESSONS:
+        if getattr(args, f"{name}_steps") < 1:
+            raise CommandError(f"--{name}-steps must be at least 1")
     if args.drawings < 64:
         raise CommandError(f"--drawings {args.drawings} must be at least 64")
     if not 0 <= args.seed < 2**63:

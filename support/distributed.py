@@ -2,8 +2,9 @@
 
 Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
 decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
-decoding. The main rank alone reads the model; the others get it layer by layer (`spread`). With LoRA nothing is sharded: each rank needs the whole base to decode, and adapters are small. This file
-and support/policies.py are where the compute dtype is named: bf16 on a GPU, float32 on a CPU.
+decoding. The main rank alone reads the model; the others get it layer by layer (`spread`). With LoRA nothing is sharded:
+each rank needs the whole base to decode, and adapters are small. This file and support/policies.py are where the compute
+dtype is named: bf16 on a GPU, float32 on a CPU.
 """
 
 import contextlib
