@@ -36,7 +36,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,7 @@ import grpo
 import rarl
 import reward
 import rmo
+from support import rivals
 from support.checkpoints import Checkpoints, check_policy
 from support.distributed import Learner, micro_batches_on_all_ranks, start_world
 from support.interrupts import Interrupted, Stop, leave, lost_process
@@ -117,33 +118,38 @@ def train_stage(
 def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts: list, history: rmo.History) -> "Batch":
     """rollout -> reward -> mutate -> advantage, on this rank's B prompts."""
     s, world = learner.settings, learner.world
-    B, G = len(samples), s.group_size
-    sample_of = [sample for sample in samples for _ in range(G)]  # N, the prompt of each answer
+    B = len(samples)
     # What is drawn at random for a prompt is seeded by its number in the whole batch, whichever rank has it.
     keys = [(s.seed, stage.number, step, number) for number in range(world.rank, B * world.size, world.size)]
 
-    # rollout: G answers to each prompt
-    rollout, texts = sample_answers(learner, stage, prompts, keys)
+    # rollout: G answers to each prompt. reward: of each of them
+    rolled, redrawn = roll_out(learner, stage, samples, prompts, keys), 0
+    if s.resample:
+        rolled, redrawn = rivals.resample(roll_out, learner, stage, step, rolled, keys)
     learner.clock.lap("rollout")
-
-    # reward
-    rewards = [stage.reward(text, sample) for text, sample in zip(texts, sample_of, strict=True)]  # N
+    samples, prompts, rollout, texts, rewards = rolled  # the last two: N
+    if s.rank_weight == "adaptive":
+        stage = rivals.with_adaptive_rank_weight(stage, world, rewards)
+        rewards = score(stage, texts, samples)
 
     # mutate: a good answer into groups that are all alike and poor. It is then scored like the others
     texts, mutated = mutate_groups(s, stage, samples, texts, rewards, history, keys)
-    scored = [
-        stage.reward(text, sample) if was_mutated else r
-        for text, sample, r, was_mutated in zip(texts, sample_of, rewards, mutated, strict=True)
-    ]
+    scored = score(stage, texts, samples) if any(mutated) else rewards
 
     # advantage, from the rewards after mutation
-    advantages = advantages_of(s, stage, scored, len(samples[0].items))  # (B, G)
+    totals = torch.tensor([r.total for r in scored], dtype=torch.float64).view(B, s.group_size)
+    most = stage.weights.max_reward(len(samples[0].items))
+    if s.advantage == "group":
+        advantages = grpo.group_advantages(totals).float()  # (B, G)
+    else:
+        advantages = rivals.advantages(s, stage.weights, scored, most, world)
 
     answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
     learner.clock.lap("reward")
     return Batch(
         prompts, answers.ids, answers.mask, answers.logp, torch.tensor(mutated), advantages,
-        samples=samples, texts=texts, rewards=rewards, scored=scored, sampled_tokens=rollout.mask.sum(1),
+        good=totals.amax(1) > s.rmo_poor * most, samples=samples, texts=texts, rewards=rewards, scored=scored, redrawn=redrawn,
+        sampled_tokens=rollout.mask.sum(1),
     )  # fmt: skip
 
 
@@ -169,11 +175,14 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -
                 ref_logp = learner.reference_logprobs(micro)  # (N, T), or None if beta is 0
             if epoch == 0:
                 old_logps.append(logp.detach())
+            advantages = micro.advantages.flatten().to(logp.device)  # (N,)
+            if s.advantage == "entropy":
+                advantages = rivals.token_advantages(micro, entropy)  # (N, T)
             loss, stats = grpo.grpo_loss(
                 logp,
                 old_logps[i] if epoch else None,  # None: on-policy, ratio 1
                 ref_logp,
-                micro.advantages.flatten().to(logp.device),
+                advantages,
                 micro.mask,
                 s.clip_low,
                 s.clip_high,
@@ -249,7 +258,8 @@ def make_stage(
     weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
     sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number))
     every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
-    samples = [sample for step in every_step for sample in sampler.batch(step)]
+    tries = range(s.resample + 1)
+    samples = [sample for step in every_step for attempt in tries for sample in sampler.batch(step, attempt)]
     length = s.max_new_tokens or data.max_answer_tokens(policy, samples)
     validation = validation_prompts(val_items, num_images, s.val_samples)
     stage = Stage(number, steps, sampler, weights, length, validation)
@@ -270,12 +280,14 @@ class Batch:
     sampled_logp: Tensor  # (N, T), 0 at mutated answers
     mutated: Tensor  # (N,) bool
     advantages: Tensor  # (B, G)
+    good: Tensor | None = None  # (B,) bool, groups with an answer that is not poor; --advantage entropy needs it
 
     samples: list[data.Sample] = dataclasses.field(default_factory=list)  # B
     texts: list[str] = dataclasses.field(default_factory=list)  # N, after mutation
     rewards: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, of the answers as sampled
     scored: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, after mutation
     sampled_tokens: Tensor | None = None  # (N,), lengths as sampled
+    redrawn: int = 0  # prompts that --resample drew anew
 
     def take(self, groups: list[int]) -> "Batch":
         """Some of the groups, as wide as their longest answer."""
@@ -284,11 +296,24 @@ class Batch:
         width = int(self.mask[rows].sum(1).max())
         ids, mask, sampled_logp = (x[rows, :width] for x in (self.ids, self.mask, self.sampled_logp))
         prompts = [self.prompts[b] for b in groups]
-        return Batch(prompts, ids, mask, sampled_logp, self.mutated[rows], self.advantages[groups])
+        good = self.good if self.good is None else self.good[groups]
+        return Batch(prompts, ids, mask, sampled_logp, self.mutated[rows], self.advantages[groups], good)
 
 
-def sample_answers(learner: Learner, stage: Stage, prompts: list, keys: list[tuple]) -> tuple[rarl.Rollout, list[str]]:
-    """G answers to each of B prompts, `rollout_batch` prompts at a time. -> tokens, and their N texts"""
+class Rolled(NamedTuple):
+    """B prompts and N = B*G answers to them."""
+
+    samples: list[data.Sample]
+    prompts: list[data.Prompt]
+    rollout: rarl.Rollout
+    texts: list[str]
+    rewards: list[reward.Reward]
+
+
+def roll_out(
+    learner: Learner, stage: Stage, samples: list[data.Sample], prompts: list[data.Prompt], keys: list[tuple]
+) -> Rolled:
+    """G answers to each of B prompts, `rollout_batch` prompts at a time, and what they earn."""
     s, policy = learner.settings, learner.rollout_policy
     generators = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
     rollouts = []
@@ -298,7 +323,14 @@ def sample_answers(learner: Learner, stage: Stage, prompts: list, keys: list[tup
             rarl.generate(policy, prompts[part], s.group_size, stage.max_new_tokens, s.temperature, generators[part])
         )
     rollout = rarl.concatenate(rollouts, policy.eos_id)
-    return rollout, rarl.decode(policy, rollout.ids, rollout.mask)
+    texts = rarl.decode(policy, rollout.ids, rollout.mask)
+    return Rolled(samples, prompts, rollout, texts, score(stage, texts, samples))
+
+
+def score(stage: Stage, texts: list[str], samples: list[data.Sample]) -> list[reward.Reward]:
+    """The rewards of N answers to B prompts, G each."""
+    G = len(texts) // len(samples)
+    return [stage.reward(text, samples[i // G]) for i, text in enumerate(texts)]
 
 
 def mutate_groups(
@@ -314,7 +346,7 @@ def mutate_groups(
         answers, changed = rmo.mutate(
             texts[group],
             totals,
-            references_for(stage, sample, s.rmo_source, history, max(to_be_replaced, default=0.0)),
+            references_for(stage, sample, s.rmo_source, history, rewards[group], max(to_be_replaced, default=0.0)),
             s.rmo_k,
             s.rmo_probability,
             spread=s.rmo_spread,
@@ -327,29 +359,22 @@ def mutate_groups(
     return mutated_texts, mutated
 
 
-def advantages_of(s: Settings, stage: Stage, scored: list[reward.Reward], num_images: int) -> Tensor:
-    """(B, G) from the N rewards. --advantage parts is GDPO (TRL's normalize_then_sum) without its last step, over the batch."""
-    groups = lambda rewards: torch.tensor(list(rewards), dtype=torch.float64).view(-1, s.group_size)  # (B, G)
-    if s.advantage == "parts":
-        w = stage.weights
-        parts = ((w.w_reg, "regression"), (w.w_rank, "ranking"), (w.w_format, "format"))
-        advantages = [
-            weight * grpo.group_advantages(groups(getattr(r, part) for r in scored)) for weight, part in parts
-        ]
-        return torch.stack(advantages).sum(0).float()
-    best = stage.weights.max_reward(num_images) if s.advantage == "best" else None
-    totals = groups(r.total for r in scored)
-    return grpo.group_advantages(totals, best=best, divide=s.advantage != "centred").float()
+def references_for(
+    stage: Stage, sample: data.Sample, source: str, history: rmo.History, group: list[reward.Reward], replaced: float
+) -> list[str]:
+    """The good answers that RMO may put into a group: the ground truth; one made of earlier answers' best values; or a
+    crossing of two answers of the group, the values of the one and the order of the other.
 
-
-def references_for(stage: Stage, sample: data.Sample, source: str, history: rmo.History, replaced: float) -> list[str]:
-    """The good answers that RMO may put into a group: the ground truth, or one made of earlier answers' best values.
-
-    replaced  the best reward among the answers that would be replaced; what history gives must earn more
+    group     rewards of the group's G answers
+    replaced  the best reward among the answers that would be replaced; an answer that is not the truth must earn more
     """
     if source == "truth":
         return [data.reference_answer(sample)]
-    entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
+    if source == "history":
+        entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
+    else:
+        best = lambda part: max(group, key=lambda r: (r.answer is not None, getattr(r, part))).answer or []
+        entries = rmo.cross(best("regression"), best("ranking"))
     text = data.format_answer((i, f"{value:.12g}") for i, value in entries)
     return [text] if entries and stage.reward(text, sample).total > replaced else []
 

@@ -259,7 +259,8 @@ def micro_batches_on_all_ranks(learner: Learner, batch) -> tuple[list[tuple[Any,
     """
     s, world = learner.settings, learner.world
     # A group without advantage and without KL has no gradient at all: it is not run.
-    wanted = [b for b in range(len(batch.prompts)) if learner.reference is not None or batch.advantages[b].any()]
+    all_count = learner.reference is not None or s.advantage == "entropy"
+    wanted = [b for b in range(len(batch.prompts)) if all_count or batch.advantages[b].any()]
     micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
     sizes = {"micros": len(micros), "sequence": batch.advantages.numel(), "token": int(batch.mask.sum())}
     everywhere = world.gather(sizes)

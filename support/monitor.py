@@ -43,6 +43,7 @@ def rollout_numbers(batch) -> dict[str, list]:
         "tokens": batch.sampled_tokens.tolist(),
         "zero_spread": (totals.amax(1) == totals.amin(1)).tolist(),
         "mutated": batch.mutated.tolist(),
+        "redrawn": [batch.redrawn / len(batch.samples)],
         "advantage": batch.advantages.flatten().tolist(),
     }
 

@@ -51,13 +51,19 @@ class Settings:
     w_reg: float = setting(1.0, "weight of R_reg")
     w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
     w_format: float = setting(1.0, "weight of R_format")
+    rank_weight: str = setting(
+        "constant",
+        "adaptive: w_rank is multiplied by the mean R_reg of the step's answers",
+        choices=("constant", "adaptive"),
+    )
     # RMO
     rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
     rmo_source: str = setting(
         "truth",
-        "the ground truth, or an answer made of the best earlier values for those images",
-        choices=("truth", "history"),
+        "the ground truth; an answer made of the best earlier values for those images; or a crossing of two answers "
+        "of the group, with the values of the one in the order of the other",
+        choices=("truth", "history", "cross"),
     )
     rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of the best possible reward")
     rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of the best possible reward")
@@ -74,9 +80,14 @@ class Settings:
     clip_high: float = setting(0.2, "and above 1 + clip_high")
     advantage: str = setting(
         "group",
-        "group: (r - mean) / std; centred: without std; best: mean and std with the best possible reward among "
-        "them; parts: of each weighted reward by itself, then summed",
-        choices=("group", "centred", "best", "parts"),
+        "group: (r - mean) / std; rivals of it, see grpo.py: centred: without std; batch: std of the whole batch; "
+        "parts: of each weighted reward by itself, then summed; best: mean and std with the best possible reward among "
+        "them; floor: no std, and no answer that is poor (--rmo-poor) is encouraged; entropy: a token's entropy where "
+        "the group has no spread",
+        choices=("group", "centred", "batch", "parts", "best", "floor", "entropy"),
+    )
+    resample: int = setting(
+        0, "times that a prompt whose answers all earn the same is replaced by another one, a rival of RMO"
     )
     normalize: str = setting(
         "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
@@ -271,7 +282,7 @@ def check_name(name: str) -> None:
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank", "resample")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature", "lora_alpha", "gpu_memory")
     text = ("question", "order")
     rules = [

@@ -129,10 +129,32 @@ def test_several_images_from_history_stand_in_the_order_of_their_values(policy, 
     stage = make_stage(items)
     sample = stage.sampler.batch(0)[0]
     history = {item.name: (1.0, item.label + 1) for item in sample.items}
-    (text,) = train.references_for(stage, sample, "history", history, replaced=0.0)
+    (text,) = train.references_for(stage, sample, "history", history, [], replaced=0.0)
     assert reward.compute_reward(text, sample.labels, 4).ranking == 1
-    assert train.references_for(stage, sample, "history", {}, replaced=0.0) == []
-    assert train.references_for(stage, sample, "history", history, replaced=3.0) == []
+    assert train.references_for(stage, sample, "history", {}, [], replaced=0.0) == []
+    assert train.references_for(stage, sample, "history", history, [], replaced=3.0) == []
+
+
+def test_a_crossing_has_the_values_of_one_answer_and_the_order_of_another(policy, items, monkeypatch):
+    stage = make_stage(items)
+    samples = stage.sampler.batch(0)
+    low = [[1, 2] if s.labels[0] < s.labels[1] else [2, 1] for s in samples]  # the true order
+    at = lambda b, order, off: answer(*((i, samples[b].labels[i - 1] + off) for i in order))
+    # Of each group: nothing valid; good values in the wrong order; useless ones in the right order; neither.
+    says(monkeypatch, lambda b, g: ["no", at(b, low[b][::-1], 1), at(b, low[b], 9), at(b, low[b][::-1], 9)][g])
+    learner = make_learner(policy, rmo_source="cross", rmo_spread=1.0, rmo_poor=1.0)
+    batch = collect(learner, stage, samples=samples)
+    assert batch.mutated.view(3, G).tolist() == [[True, False, False, False]] * 3  # "no" earned least
+    for b in range(3):
+        assert batch.texts[b * G] == at(b, low[b], 1).replace(".0", "")
+        assert batch.scored[b * G].total == 1 - 1 / 16 + 1 + 1
+    # A child that earns no more than what it would replace is none; of answers that are no answers there is no child.
+    says(monkeypatch, lambda b, g: at(b, low[b], 9))
+    assert not collect(learner, stage, samples=samples).mutated.any()
+    says(monkeypatch, lambda b, g: "no" if g else at(b, low[b], 9))
+    assert collect(learner, stage, samples=samples).mutated.any()
+    says(monkeypatch, lambda b, g: "no")
+    assert not collect(learner, stage, samples=samples).mutated.any()
 
 
 def test_old_logp_of_every_answer_is_that_before_the_first_update(policy, items, monkeypatch):
@@ -191,18 +213,6 @@ def test_steps_and_prompts_have_random_streams_of_their_own(policy, items):
     twice = collect(learner, stage, samples=[samples[0]] * 3)  # the same prompt three times: not the same answers
     assert len(set(twice.texts)) > G
     assert math.isfinite(first.sampled_logp.sum())
-
-
-def test_advantages_of_the_parts_of_a_reward_by_hand():
-    # regression 0, 1 and ranking 1, 0: the sum has no spread, each part has. Weighted by 1 and 2: -1 + 2 and 1 - 2.
-    scored = [reward.Reward(1.0, 0.0, 1.0, 2.0), reward.Reward(1.0, 1.0, 0.0, 2.0)]
-    stage = lambda w_rank: train.Stage(2, 1, None, train.RewardWeights(1, w_rank, 1), 12)
-    of = lambda how, w_rank=1.0: train.advantages_of(Settings(group_size=2, advantage=how), stage(w_rank), scored, 2)
-    assert of("group").tolist() == of("centred").tolist() == [[0.0, 0.0]]
-    torch.testing.assert_close(of("parts", 2.0), torch.tensor([[1.0, -1.0]]), atol=1e-3, rtol=0)
-    # 2, 2 and the best, 3: mean 7/3, std sqrt(2)/3, A = -1/sqrt(2)
-    torch.testing.assert_close(of("best"), torch.full((1, 2), -math.sqrt(0.5)), atol=1e-3, rtol=0)
-    assert of("best", 0.0).tolist() == [[0.0, 0.0]]  # 2 is then the most that there is
 
 
 def test_imitation_raises_the_probability_of_the_truth_with_the_gradient_of_the_likelihood(policy, items):

@@ -164,6 +164,16 @@ def test_sampler_is_a_pure_function_of_the_step():
     assert data.Sampler(items, (2, 4, 8), 6, seed=4).batch(0) != forwards[0]
 
 
+def test_another_attempt_draws_other_samples_of_as_many_images():
+    items = data.load_dataset("dots", None, "train")
+    for images in ((1,), (2, 4)):
+        sampler = data.Sampler(items, images, 6, seed=3)
+        tries = [sampler.batch(1, attempt) for attempt in (0, 1, 2)]
+        assert tries[0] == sampler.batch(1) and sampler.batch(1, 1) == tries[1]
+        assert len({tuple(item.name for s in batch for item in s.items) for batch in tries}) == 3
+        assert len({len(s.items) for batch in tries for s in batch}) == 1
+
+
 def test_one_image_sampler_goes_through_epochs():
     items = [item(str(i), i) for i in range(10)]
     sampler = data.Sampler(items, (1,), 5, seed=0)

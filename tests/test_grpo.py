@@ -454,6 +454,32 @@ def test_the_best_possible_reward_gives_a_poor_group_without_spread_a_push():
     torch.testing.assert_close(grpo.group_advantages(rewards, eps=0.0, best=1.0), expected)
 
 
-def test_without_the_division_advantages_keep_the_unit_of_rewards():
-    advantages = grpo.group_advantages(torch.tensor([[1.0, 5.0], [0.3, 0.3]]), divide=False)
-    assert advantages.tolist() == [[-2.0, 2.0], [0.0, 0.0]]
+def test_another_scale_stands_in_the_place_of_std_and_eps():
+    rewards = torch.tensor([[1.0, 5.0], [0.3, 0.3]])  # means 3 and 0.3
+    assert grpo.group_advantages(rewards, scale=1.0).tolist() == [[-2.0, 2.0], [0.0, 0.0]]
+    assert grpo.group_advantages(rewards, scale=torch.tensor(4.0)).tolist() == [[-0.5, 0.5], [0.0, 0.0]]
+
+
+def test_below_the_floor_no_answer_is_encouraged():
+    # Means 1, 4 and 2; the floor is 3. So the baselines are 3, 4 and 3, also where all rewards are equal.
+    rewards = torch.tensor([[0.0, 2.0], [3.0, 5.0], [2.0, 2.0]])
+    expected = torch.tensor([[-3.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert torch.equal(grpo.group_advantages(rewards, floor=3.0, scale=1.0), expected)
+    equal = torch.full((1, 7), 0.3)  # above the floor the mean is the baseline, and its rounding no advantage
+    assert not grpo.group_advantages(equal, floor=0.1, scale=1e-8).any()
+
+
+def test_entropy_gives_groups_without_spread_a_direction():
+    # Row 0 is good: 0.5 H. Row 1 is not: 0.5 (H - 4). What stands in the padding does not matter.
+    entropy = torch.tensor([[1.0, 4.0, math.nan], [1.0, 4.0, 100.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    advantages = grpo.entropy_advantages(entropy, mask, torch.tensor([True, False]), alpha=0.5)
+    assert advantages.tolist() == [[0.5, 2.0, 0.0], [-1.5, 0.0, 0.0]] and not advantages.requires_grad
+
+
+def test_advantages_by_token_weigh_each_token():
+    logp = torch.zeros(1, 3, requires_grad=True)
+    by_token = torch.tensor([[1.0, -2.0, 7.0]])
+    loss, _ = grpo.grpo_loss(logp, None, None, by_token, torch.tensor([[1, 1, 0]]))
+    loss.backward()
+    assert loss.item() == 0.5 and logp.grad.tolist() == [[-0.5, 1.0, 0.0]]  # -A / 2, none on the padding
