@@ -22,6 +22,7 @@ pre-tokenizer (digits one by one) and style of chat template; only the sizes are
 import support.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from experiments.lessons import (
     teach_eyes,
     teach_lists,
 )
+from support.atomic_files import write_text
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -157,6 +159,10 @@ def make(argv: list[str] | None) -> None:
     check_writable(out / "config.json", "--out")
     lessons = out.with_name(out.name + ".lessons")
     lessons.mkdir(exist_ok=True)
+    settings, begun = {k: v for k, v in vars(args).items() if k != "out"}, lessons / "settings.json"
+    if begun.is_file() and begun.read_text(encoding="utf-8") != json.dumps(settings):
+        raise CommandError(f"{lessons} holds lessons of other settings ({begun.name}): give the same, or delete it")
+    write_text(begun, json.dumps(settings))
     policy = build_policy(args.seed)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     teach_eyes(policy, args.eyes_steps, lessons / "eyes.pt")

@@ -116,3 +116,19 @@ def test_the_examination_notices_a_policy_that_knows_nothing(policy, seen):
     table, wrong = examine(policy, seen, prompts=2, answers=2)
     assert len(table.splitlines()) == 9
     assert any("97 %" in what for what in wrong)
+
+
+def test_lessons_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
+    from experiments import make_tiny
+
+    def stop(*lesson):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_tiny, "teach_eyes", stop)
+    out = str(tmp_path / "new")
+    for argv in (["--seed", "3"], ["--seed", "3"]):  # interrupted, and once more when it went on
+        with pytest.raises(KeyboardInterrupt):
+            make_tiny.make(["--out", out, *argv])
+    for argv in (["--seed", "4"], ["--seed", "3", "--eyes-steps", "9"], ["--seed", "3", "--drawings", "99"]):
+        with pytest.raises(CommandError, match=r"new.lessons holds lessons of other settings"):
+            make_tiny.make(["--out", out, *argv])
