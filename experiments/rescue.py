@@ -24,8 +24,8 @@ import torch
 
 import data
 import rarl
-from experiments.ablate import ROOT, Trainer, plan
 from experiments.commands import CommandError, check_writable, run_command
+from experiments.runs import ROOT, Trainer, plan
 from support.atomic_files import replace_folder
 from support.checkpoints import checksum
 from support.tables import format_table

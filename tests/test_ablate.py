@@ -1,115 +1,389 @@
-"""experiments/ablate.py's table by hand, and what it does with runs that are done, begun, damaged or mistyped.
+"""experiments/ablate.py, runs.py and report.py: tables and pictures by hand, and what is done with runs that are finished,
+begun, damaged, shared or evaluated elsewhere.
 
-That it trains is tested with the commands of experiments/README.md.
+That they train is tested with the commands of experiments/README.md.
 """
 
+import ast
+import csv
 import json
 import math
 import sys
+import time
 
 import pytest
 
-from experiments import ablate
+from experiments import ablate, report, runs
 from experiments.commands import CommandError
 from support.settings import SettingError
 
-
-def test_table_says_how_many_seeds_have_a_value():
-    rows = {
-        "on": [{"MAE@1": 1.0, "tau@4": 0.5}, {"MAE@1": 2.0, "tau@4": 0.25}],
-        "off": [{"MAE@1": 3.0, "tau@4": math.nan}, {"MAE@1": 3.5, "tau@4": 0.125}],
-        "never": [{"MAE@1": 4.0, "tau@4": math.nan}, {"MAE@1": 4.0, "tau@4": math.nan}],
-    }
-    head, *lines = ablate.table_rows(rows)
-    assert head == ["", "MAE@1", "tau@4"]
-    assert lines[0] == ["on", "1.500 (1.000 to 2.000)", "0.375 (0.250 to 0.500)"]
-    assert lines[1] == ["off", "3.250 (3.000 to 3.500)", "0.125 (0.125 to 0.125) of 1"]
-    assert lines[2] == ["never", "4.000 (4.000 to 4.000)", "-"]
-
-
-def finished_run(folder):
-    folder.mkdir(parents=True)
-    row = {"valid": 0.5, "mae": 2.0, "tau": None, "tau_values": None}
-    blind = {"1": {"valid": 1.0, "mae": 5.0, "constant": 10.0}}
-    results = {
-        "base": {"1": row},
-        "stage 2": {"1": row, "2": row | {"valid": 0.25, "mae": 3.0, "tau": 0.5, "tau_values": 0.75}},
-        "best constant": blind,
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-    logs = [
-        {"stage": 1, "step": 1, "entropy": 1.0, "mutated": 0.5},
-        {"stage": 2, "step": 1, "entropy": None, "mutated": 0},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+# A run of 2 + 4 steps with 1 and 2 images in a prompt
+SHORT = ["--steps1", "2", "--steps2", "4", "--images", "1", "2"]
+LOGS = [  # entropy, share of mutated answers
+    *[{"stage": 1, "step": i, "entropy": x, "mutated": 0.5} for i, x in enumerate((1.0, 2.0))],
+    *[{"stage": 2, "step": i, "entropy": x, "mutated": 0} for i, x in enumerate((4.0, 2.0, None, 7.0))],
+]
+TRAINED = {"valid": 0.5, "mae": 2.0, "tau": None, "tau_values": None}
+BASE = {"valid": 0.75, "mae": 4.0, "tau": None, "tau_values": None}
+BLIND = {"valid": 1.0, "mae": 5.0, "constant": 10.0}
+RESULTS = {
+    "base": {"1": BASE, "2": BASE | {"tau": 0.125, "tau_values": 0.25}},
+    "stage 1": {"1": BASE, "2": BASE},
+    "stage 2": {"1": TRAINED, "2": TRAINED | {"valid": 0.25, "mae": 3.0, "tau": 0.5, "tau_values": 0.75}},
+    "best constant by R_reg": {"1": BLIND | {"mae": 7.0}, "2": BLIND | {"mae": 7.0}},
+    "best constant by MAE": {"1": BLIND, "2": BLIND | {"mae": 6.0, "tau_values": 0.0}},
+    "prompt order": {"2": {"valid": 1.0, "mae": None, "tau": -0.25}},
+}
 
 
-def test_a_row_is_read_from_the_last_stage_and_the_steps(tmp_path):
-    finished_run(tmp_path / "run")
-    row = ablate.read_run(tmp_path / "run", steps=2)
-    known = {name: value for name, value in row.items() if not math.isnan(value)}
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def finish(run, results=RESULTS, logs=LOGS):
+    """Write what train.py leaves."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "settings.json").write_text(json.dumps(run.settings))
+    (run.folder / "results.json").write_text(json.dumps(results))
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    (run.folder / "results.txt").write_text("a table")
+    return run
+
+
+def outcomes(planned):
+    return {variant: [(run, runs.read_run(run)) for run in seeds] for variant, seeds in planned.items()}
+
+
+def mae(value):
+    """Results whose last policy has this MAE at 1 image."""
+    return RESULTS | {"stage 2": RESULTS["stage 2"] | {"1": TRAINED | {"mae": value}}}
+
+
+# --- tables and pictures ----------------------------------------------------------------------------------------
+
+
+def test_a_cell_says_how_many_seeds_have_a_value():
+    assert report.cell([1.0, 2.0]) == "1.500 (1.000 to 2.000)"
+    assert report.cell([math.nan, 0.125]) == "0.125 (0.125 to 0.125) of 1"
+    assert report.cell([math.nan, math.nan]) == "-"
+
+
+def test_a_row_is_read_from_the_last_stage_and_the_steps(here):
+    read = runs.read_run(finish(runs.plan("run", SHORT)))
+    known = {name: value for name, value in read.row.items() if not math.isnan(value)}
     assert known == {
         "valid": 0.25,
         "MAE@1": 2.0,
         "MAE@2": 3.0,
         "tau@2": 0.5,
         "tau_values@2": 0.75,
-        "entropy": 1.0,
-        "mutated": 0.25,
+        "entropy": (1 + 2 + 4 + 2 + 7) / 5,
+        "mutated": (0.5 + 0.5) / 6,
     }
-    assert set(row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
+    assert set(read.row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
+    assert read.base["MAE@2"] == 4.0 and read.base["tau@2"] == 0.125
+    assert read.blind == {"MAE@1": 5.0, "MAE@2": 6.0, "tau@2": -0.25}
+
+
+def test_imitation_has_no_groups_of_answers(here):
+    run = finish(runs.plan("run", SHORT, program="experiments/imitate.py"))
+    assert math.isnan(runs.read_run(run).row["mutated"]) and not math.isnan(runs.read_run(run).row["entropy"])
+
+
+def test_table_begins_with_who_did_not_train_and_who_does_not_look(here):
+    planned = {"on": [finish(runs.plan(f"on-{i}", [*SHORT, "--seed", str(i)]), mae(1.0 + i)) for i in (0, 1)]}
+    text = report.report("rmo", planned)
+    assert (here / "runs/ablate-rmo.txt").read_text() == text + "\n"
+    title, _, *lines = [line.split() for line in text.splitlines()]
+    assert " ".join(title) == "rmo: mean (lowest to highest) of 2 seeds x 200 test answers"
+    head, before, blind, on = lines
+    assert head[:5] == ["valid", "MAE@1", "MAE@2", "tau@2", "tau_values@2"]
+    assert before[:7] == ["before", "training", "0.750", "4.000", "4.000", "0.125", "0.250"]
+    assert blind[:6] == ["blind", "-", "5.000", "6.000", "-0.250", "-"]
+    assert on[5:9] == ["1.500", "(1.000", "to", "2.000)"]
+    rows = list(csv.DictReader((here / "runs/ablate-rmo.csv").open()))
+    assert [(row["variant"], row["seed"], row["MAE@1"]) for row in rows] == [
+        ("before training", "", "4.0"),
+        ("blind", "", "5.0"),
+        ("on", "0", "1.0"),
+        ("on", "1", "2.0"),
+    ]
+    assert rows[1]["valid"] == rows[2]["grad norm"] == ""
+
+
+def elsewhere(data, on, results):
+    """A run on `data`; with `on` evaluated there, with these results."""
+    name = f"trained-{data}"
+    run = runs.plan(name, [*SHORT, "--data", data], evaluate_on=on)
+    if on:
+        run.results.parent.mkdir(parents=True)
+        run.results.write_text(json.dumps(results))
+        return run
+    return finish(run, results)
+
+
+def test_transfer_takes_its_row_from_the_evaluation_elsewhere(here):
+    blind = {"best constant by MAE": {"1": BLIND | {"mae": 9.0}}, "prompt order": {}}  # as eval.py writes them too
+    dials = {"base": {"1": BASE | {"mae": 8.0}}, "stage 2": {"1": TRAINED}} | blind
+    on_dials = {"stage2": {"1": TRAINED | {"mae": 7.0}}} | blind
+    planned = {
+        "dots": [elsewhere("dots", None, RESULTS)],
+        "to dials": [elsewhere("dots", "dials", on_dials)],
+        "dials": [elsewhere("dials", None, dials)],
+    }
+    head, *rows = report.table_rows(outcomes(planned))
+    rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert list(rows) == ["before training, dots", "blind, dots", "before training, dials", "blind, dials", *planned]
+    shown = {name: row["MAE@1"].split()[0] for name, row in rows.items()}
+    assert list(shown.values()) == ["4.000", "5.000", "8.000", "9.000", "2.000", "7.000", "2.000"]
+    assert rows["to dials"]["entropy"] == rows["dots"]["entropy"] != "-"  # it was trained there
+    assert rows["dials"]["MAE@2"] == "-" and "tau@2" in head  # the columns of all
+
+
+def test_files_are_named_by_their_folder_and_alike_places_are_one(here):
+    on_files = lambda root: runs.plan(f"on-{root}", [*SHORT, "--data", "csv", "--data-root", f"files/{root}"])
+    titles = lambda planned: [title for title, _ in report.reference_rows(outcomes(planned))]
+    alike = {"dots": [finish(runs.plan("dots", SHORT))], "noise": [finish(on_files("noise-1"))]}
+    assert titles(alike) == ["before training", "blind"]
+    skewed = RESULTS | {"best constant by MAE": {"1": BLIND | {"mae": 1.0}}}
+    assert titles(alike | {"skewed": [finish(on_files("skewed"), skewed)]}) == [
+        "before training, dots, noise-1",
+        "blind, dots, noise-1",
+        "before training, skewed",
+        "blind, skewed",
+    ]
+    better = RESULTS | {"base": {"1": BASE | {"mae": 3.0}}}
+    assert titles({"tiny": alike["dots"], "other": [finish(runs.plan("other", [*SHORT, "--model", "x"]), better)]}) == [
+        "before training, dots with tiny",
+        "blind, dots with tiny",
+        "before training, dots with x",
+        "blind, dots with x",
+    ]
+
+
+def test_curves_are_means_over_seeds_and_whole_cycles(here):
+    other = [log | {"entropy": (log["entropy"] or 0.0) + 2} for log in LOGS]
+    seeds = [finish(runs.plan(f"run-{i}", SHORT), logs=logs) for i, logs in enumerate((LOGS, other))]
+    one, two = report.curve(outcomes({"on": seeds})["on"], "entropy")
+    # Stage 1: (1 + 2 + 3 + 4) / 4, between its steps 1 and 2. Stage 2: (4 + 2 + 6 + 4) / 4, and (7 + 2 + 9) / 3, as one
+    # of four is not known. Its first step is the run's third.
+    assert one == ([1.5], [2.5])
+    assert two == ([3.5, 5.5], [4.0, 6.0])
+
+
+def test_a_cycle_that_is_not_complete_is_left_out(here):
+    run = finish(runs.plan("run", ["--steps1", "0", "--steps2", "6", "--images", "1", "2", "4", "8"]), logs=[
+        {"stage": 2, "step": i, "entropy": float(i)} for i in range(6)])  # fmt: skip
+    assert list(report.curve(outcomes({"on": [run]})["on"], "entropy")) == [([2.5], [1.5])]
+
+
+def test_picture_shows_every_seed_every_variant_and_what_to_compare_with(here, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    planned = {
+        f"variant {k}": [finish(runs.plan(f"{k}-{i}", [*SHORT, "--seed", str(i)]), mae(k + i / 2)) for i in (0, 1)]
+        for k in range(1, 8)
+    }
+    report.report("delta", planned)
+    figure = plt.gcf()
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    assert list(axes) == [*report.BARS.values(), *report.CURVES.values()]
+    errors = axes["MAE (lower is better)"]
+    heights = [bar.get_height() for bar in errors.patches]
+    assert heights == [k + 0.25 for k in range(1, 8)] + [3.0] * 7  # at 1 image, then at 2
+    lines = lambda style: {line.get_ydata()[0] for line in errors.lines if line.get_linestyle() == style}
+    assert lines("--") == {5.0, 6.0} and lines(":") == {4.0}
+    dots = [list(line.get_ydata()) for line in errors.lines if line.get_marker() == "o"]
+    assert dots[:2] == [[1.0, 1.5], [2.0, 2.5]]
+    steps = axes["entropy (nats per token)"].lines
+    assert len([line for line in steps if list(line.get_xdata()) == [2.5, 2.5]]) == 7  # between the stages
+    assert len([line for line in steps if list(line.get_xdata()) == [3.5, 5.5]]) == 7  # curves of stage 2
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert said == [*planned, "before training", "blind", "one seed", "stage 2 begins"]
+    assert (here / "runs/ablate-delta.png").stat().st_size > 10_000
+    monkeypatch.undo()
+    plt.close(figure)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '"x"', "1\n", '{"stage": 1, "step": 1}\n'])
-def test_a_damaged_run_is_named(tmp_path, name, content):
-    finished_run(tmp_path / "run")
+def test_a_damaged_run_is_named(here, name, content):
+    run = finish(runs.plan("run", SHORT))
     if content is None:
-        (tmp_path / "run" / name).unlink()
+        (run.folder / name).unlink()
     else:
-        (tmp_path / "run" / name).write_text(content)
-    with pytest.raises(CommandError, match=f"{name} is damaged .* delete"):
-        ablate.read_run(tmp_path / "run", steps=2)
+        (run.folder / name).write_text(content)
+    with pytest.raises(CommandError, match=f"{name} is damaged .* delete runs/run, and it is trained again"):
+        runs.read_run(run)
 
 
-def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1:])")  # in the place of the real one
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+def test_a_damaged_evaluation_is_named_and_not_the_run(here):
+    run = elsewhere("dots", "dials", {})
+    with pytest.raises(CommandError, match="on-dials/results.json is damaged .* delete runs/trained-dots/on-dials,"):
+        runs.read_run(run)
+
+
+def fake_programs(folder, monkeypatch, train="", evaluation=""):
+    """In the place of train.py and eval.py. What they print is in the log."""
+    monkeypatch.setattr(runs, "ROOT", folder)
+    (folder / "train.py").write_text(f"import sys; print(sys.argv)\n{train}")
+    (folder / "eval.py").write_text(f"import sys; print(sys.argv)\n{evaluation}")
+
+
+def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(here, monkeypatch):
+    fake_programs(here, monkeypatch)
     run = ablate.plan_run("rmo", "RMO off", 3, ["--steps1", "7"])
-    assert (
-        run.name == "ablate-steps1-7-group-size-4-delta-1-0-rmo-k-0-seed-3"
-        and run.settings["rmo_k"] == 0
-        and run.settings["steps1"] == 7
-    )
-    log = tmp_path / "runs" / f"{run.name}.log"
+    assert run.name == "ablate-steps1-7-group-size-4-delta-1-0-rmo-k-0-seed-3"
+    assert run.settings["rmo_k"] == 0 and run.settings["steps1"] == 7
+    log = here / "runs" / f"{run.name}.log"
 
-    ablate.Trainer().train_all([run], jobs=1)
+    def train(**others):
+        (run.folder / "settings.json").write_text(json.dumps(run.settings | others))
+        log.unlink()
+        runs.Trainer().train_all([run], jobs=1)
+        return log.read_text() if log.exists() else "not run"
+
+    runs.Trainer().train_all([run], jobs=1)
     assert "'--seed', '3', '--steps1', '7']" in log.read_text()
     run.folder.mkdir()
-    (run.folder / "settings.json").write_text(json.dumps(run.settings | {"steps1": 8}))
-    ablate.Trainer().train_all([run], jobs=1)
-    assert "--resume" not in log.read_text()  # a run of other settings, which train.py moves aside
-    (run.folder / "settings.json").write_text(json.dumps(run.settings))
-    ablate.Trainer().train_all([run], jobs=1)
-    assert "--resume" in log.read_text()
+    assert "--resume" not in train(steps1=8)  # a run of other settings, which train.py moves aside
+    assert "--resume" in train()
+    assert "--resume" in train(workers=5, device="cuda", name="renamed")  # train.py resumes on another machine
     (run.folder / "results.txt").write_text("a table")
-    log.unlink()
-    ablate.Trainer().train_all([run], jobs=1)
-    assert not log.exists()
+    assert train() == "not run"
 
 
-def test_a_run_that_fails_stops_the_others(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    wait = "import sys, time\nif sys.argv[sys.argv.index('--seed') + 1] == '0': sys.exit('train.py: no such luck')\ntime.sleep(600)"
-    (tmp_path / "train.py").write_text(wait)
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
-    runs = [ablate.plan_run("rmo", "RMO on", seed, []) for seed in (0, 1, 2, 3)]
+def test_settings_of_the_machine_do_not_make_another_run(here, monkeypatch):
+    fake_programs(here, monkeypatch)
+    plain, moved = (ablate.plan_run("rmo", "RMO on", 0, more) for more in ([], ["--workers", "0", "--device", "cpu"]))
+    assert plain.name == moved.name != ablate.plan_run("rmo", "RMO on", 0, ["--beta", "0"]).name
+    finish(plain)
+    assert moved.is_done()
+    older = {name: value for name, value in plain.settings.items() if name != "workers"}
+    (plain.folder / "settings.json").write_text(json.dumps(older))  # of a version without this setting
+    assert plain.is_done()
+    (plain.folder / "results.txt").unlink()
+    runs.Trainer().train_all([plain], jobs=1)
+    log = here / "runs" / f"{plain.name}.log"
+    assert "--name" in log.read_text() and "--resume" not in log.read_text()  # train.py would refuse to resume it
+    (plain.folder / "settings.json").write_text(json.dumps(plain.settings | {"beta": 0.5}))
+    assert not plain.is_ours()
+
+
+WRITE = """
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1]); out.mkdir(parents=True); (out / "results.json").write_text("{}")"""
+
+
+def test_a_shared_run_is_trained_once_and_evaluated_elsewhere_once(here, monkeypatch):
+    fake_programs(here, monkeypatch, evaluation=WRITE)
+    more = ["--images", "4", "2", "--eval-samples", "7", "--device", "cpu"]
+    planned = [ablate.plan_run("transfer", variant, 5, more) for variant in ("dots -> dots", "dots -> dials")]
+    folder, log = f"runs/{planned[0].name}", here / "runs" / f"{planned[0].name}.log"
+    runs.Trainer().train_all(planned, jobs=2)
+    train, evaluation = (ast.literal_eval(line) for line in log.read_text().splitlines())
+    assert train[0].endswith("train.py") and "--data" not in train
+    assert evaluation[0].endswith("eval.py")
+    assert " ".join(evaluation[1:]) == (
+        f"--model {folder}/stage2 --data dials --seed 0 --images 1 2 4 --samples 7 --device cpu --batch-size 50 "
+        f"--out {folder}/on-dials"
+    )
+    runs.Trainer().train_all(planned, jobs=2)
+    assert len(log.read_text().splitlines()) == 1  # train.py again, as the false one wrote no results; eval.py not
+
+
+def test_what_is_evaluated_elsewhere_is_the_last_stage(here, monkeypatch):
+    fake_programs(here, monkeypatch)
+    for more, last in ((["--steps2", "0"], "stage1"), (["--stage", "1"], "stage1"), (["--steps1", "0"], "stage2")):
+        run = ablate.plan_run("transfer", "dials -> dots", 0, more)
+        runs.Trainer().train_all([run], jobs=1)
+        assert f"runs/{run.name}/{last}'" in (here / "runs" / f"{run.name}.log").read_text().splitlines()[1]
+        assert run.settings["data"] == "dials" and run.evaluate_on == "dots"
+
+
+def test_an_evaluation_that_fails_is_named(here, monkeypatch):
+    fake_programs(here, monkeypatch, evaluation="sys.exit('eval.py: no such luck')")
+    with pytest.raises(CommandError, match="seed-0 failed .*eval.py: no such luck"):
+        runs.Trainer().train_all([ablate.plan_run("transfer", "dots -> dials", 0, [])], jobs=1)
+
+
+def test_a_run_that_fails_stops_the_others(here, monkeypatch):
+    wait = "import time\nif sys.argv[sys.argv.index('--seed') + 1] == '1': sys.exit('train.py: no such luck')\ntime.sleep(20)"
+    fake_programs(here, monkeypatch, wait)
+    planned = [ablate.plan_run("rmo", "RMO on", seed, []) for seed in (0, 1, 2, 3)]
     with pytest.raises(
-        CommandError, match="seed-0 failed .*no such luck.* see runs/ablate-group-size-4-delta-1-0-seed-0.log"
+        CommandError, match="seed-1 failed .*no such luck.* see runs/ablate-group-size-4-delta-1-0-seed-1.log"
     ):
-        ablate.Trainer().train_all(runs, jobs=2)
-    assert not (tmp_path / "runs" / f"{runs[3].name}.log").exists()
+        runs.Trainer().train_all(planned, jobs=2)
+    assert not (here / "runs" / f"{planned[3].name}.log").exists()
+
+
+class Bar:
+    """In the place of tqdm: what it was told."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __call__(self, **how):
+        self.made.append(how | {"updates": []})
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, steps):
+        self.made[-1]["updates"].append(steps)
+
+
+def test_one_bar_counts_what_is_shared_once_and_what_is_done_from_the_start(here, monkeypatch):
+    made = []
+    monkeypatch.setattr(runs, "tqdm", Bar(made))
+    fake_programs(here, monkeypatch)
+    plain = lambda variant: ablate.plan_run("advantage", variant, 0, SHORT)
+    done, other = finish(plain("group")), plain("centred")
+    told = []
+    runs.Trainer().train_all([done, other, done, other], 1, told.append)
+    assert [(bar["total"], bar["initial"], sum(bar["updates"])) for bar in made] == [(12, 6, 6)]
+    assert sorted(told) == sorted([done.name, other.name])
+
+
+def test_all_has_one_bar_and_reports_an_experiment_once_its_runs_are_done(here, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(runs, "tqdm", Bar(made))
+    few = {"first": {"plain": [], "centred": ["--advantage", "centred"]}, "second": {"plain": [], "parts": ["--advantage", "parts"]}}  # fmt: skip
+    monkeypatch.setattr(ablate, "EXPERIMENTS", few)
+    trained = []
+
+    def train(self, run):
+        trained.append(run.name)
+        deadline = time.monotonic() + 20
+        while len(trained) == 3 and not (here / "runs/ablate-first.txt").exists():  # its two runs are done
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        finish(run)
+
+    monkeypatch.setattr(runs.Trainer, "train_unless_done", train)
+    ablate.ablate(["all", "--seeds", "0", "--", *SHORT])
+    assert len(trained) == 3 and [bar["total"] for bar in made] == [18]
+    said = capsys.readouterr().out
+    assert [said.count(f"{e}: mean (lowest to highest) of 1 seed x 100 test answers") for e in few] == [1, 1]
+    assert all((here / f"runs/ablate-{e}.{end}").exists() for e in few for end in ("txt", "csv", "png"))
+
+
+def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
+    monkeypatch.setattr(ablate.Trainer, "train_unless_done", lambda self, run: run.folder.exists() or finish(run))
+    ablate.ablate(["stages", "--seeds", "0", "--", *SHORT])
+    said = capsys.readouterr().err
+    assert "note: stages compares values of --steps1," in said and "of --steps2," in said and said.count("note") == 2
 
 
 @pytest.mark.parametrize(
@@ -142,7 +416,7 @@ def test_unknown_settings_are_refused(argv, monkeypatch, capsys):
 
 def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
     name = lambda experiment, variant, seed=0: ablate.plan_run(experiment, variant, seed, []).name
-    assert name("reward", "joint") == name("stages", "two stages") == name("advantage", "group")
+    assert name("transfer", "dots -> dials") == name("stages", "two stages") == name("advantage", "group")
     several = [name(e, v, seed) for e, of in ablate.EXPERIMENTS.items() for v in of for seed in (0, 1)]
     assert len(set(several)) < len(several)
     settings = {}
@@ -150,12 +424,15 @@ def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
         for v in of:
             run = ablate.plan_run(e, v, 0, [])
             assert settings.setdefault(run.name, (run.settings, run.program)) == (run.settings, run.program)
-    assert ablate.plan_run("reward", "imitation", 0, []).program == "experiments/imitate.py"
+    imitation = ablate.plan_run("reward", "imitation", 0, [])
+    assert imitation.program == "experiments/imitate.py" and imitation.name.startswith("ablate-imitate-")
     long = ["--question", "How many dots? " * 20]
     names = {ablate.plan_run("reward", "joint", seed, long).name for seed in (0, 1)}
     assert len(names) == 2 and all(len(name) <= 150 for name in names)
 
 
-def test_csv_has_a_line_for_each_seed(tmp_path):
-    ablate.write_csv({"on": [{"tau": 0.5}, {"tau": math.nan}]}, [3, 4], tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().split() == ["variant,seed,tau", "on,3,0.5", "on,4,"]
+def test_lengths_and_numbers_of_images():
+    settings = lambda experiment: [ablate.plan_run(experiment, v, 0, []) for v in ablate.EXPERIMENTS[experiment]]
+    assert {run.steps for run in settings("stages")} == {75}  # as many in one stage as in two
+    assert {(run.steps, *run.settings["images"]) for run in settings("reward")} == {(90, 1, 2, 4, 8)}
+    assert {tuple(run.settings["images"]) for run in settings("transfer")} == {(1, 2, 4)}
