@@ -4,6 +4,7 @@ does not look."""
 import csv
 import math
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +176,21 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
 
 def draw_bars(axis, kind: str, variants: Variants, colours: dict[str, str]) -> None:
     """A bar for each variant, side by side for each number of images; lines are what the bar is to be compared with."""
-    found = references(variants)
+    found, places = references(variants), [place_of(seeds[0][0]) for seeds in variants.values()]
     names = [name for name in columns(variants) if name.split("@")[0] == kind]
     width = 0.8 / len(variants)
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
+        left = lambda i, number=number: number - 0.4 + i * width
         for i, (variant, seeds) in enumerate(variants.items()):
-            x = place + (i + 0.5) * width - 0.4
-            values = [outcome.row.get(name, math.nan) for _, outcome in seeds]
+            x, values = left(i + 0.5), [outcome.row.get(name, math.nan) for _, outcome in seeds]
             axis.bar(x, mean(values), width=0.9 * width, color=colours[variant], alpha=0.75)
             axis.plot([x] * len(values), values, "o", color="black", markersize=3)
-            for row, style in zip(found[place_of(seeds[0][0])], LINES.values(), strict=True):
+        for place, neighbours in groupby(range(len(variants)), key=lambda i: places[i]):
+            first, *others = neighbours
+            for row, style in zip(found[place], LINES.values(), strict=True):
                 level = row.get(name, math.nan)
-                axis.plot([x - width / 2, x + width / 2], [level, level], style, color="black", linewidth=1.2)
+                ends = [left(first), left(first + 1 + len(others))]
+                axis.plot(ends, [level, level], style, color="black", linewidth=1.2)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(names)), [name.partition("@")[2] for name in names])
     axis.set_xlabel("worst case" if kind == "valid" else "images in the prompt")

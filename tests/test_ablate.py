@@ -132,14 +132,16 @@ def test_transfer_takes_its_row_from_the_evaluation_elsewhere(here):
         "dots": [elsewhere("dots", None, RESULTS)],
         "to dials": [elsewhere("dots", "dials", on_dials)],
         "dials": [elsewhere("dials", None, dials)],
+        "to dots": [elsewhere("dials", "dots", {"stage2": RESULTS["stage 2"]} | RESULTS)],
     }
     head, *rows = report.table_rows(outcomes(planned))
     rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert list(rows) == ["before training, dots", "blind, dots", "before training, dials", "blind, dials", *planned]
     shown = {name: row["MAE@1"].split()[0] for name, row in rows.items()}
-    assert list(shown.values()) == ["4.000", "5.000", "8.000", "9.000", "2.000", "7.000", "2.000"]
+    assert list(shown.values()) == ["4.000", "5.000", "8.000", "9.000", "2.000", "7.000", "2.000", "2.000"]
     assert rows["to dials"]["entropy"] == rows["dots"]["entropy"] != "-"  # it was trained there
     assert rows["dials"]["MAE@2"] == "-" and "tau@2" in head  # the columns of all
+    assert report.columns(outcomes({"dials": planned["dials"], "dots": planned["dots"]})) == head[1:]
 
 
 def test_files_are_named_by_their_folder_and_alike_places_are_one(here):
@@ -161,6 +163,24 @@ def test_files_are_named_by_their_folder_and_alike_places_are_one(here):
         "before training, dots with x",
         "blind, dots with x",
     ]
+
+
+def test_every_bar_is_compared_with_its_own_place(here):
+    import matplotlib.pyplot as plt
+
+    on_dials = {"stage2": {"1": TRAINED}, "best constant by MAE": {"1": BLIND | {"mae": 9.0}}, "prompt order": {}}
+    home = elsewhere("dots", None, RESULTS)
+    planned = {"a": [elsewhere("dots", "dials", on_dials)], "b": [home], "c": [finish(runs.plan("c", SHORT))]}
+    figure, axis = plt.subplots()
+    report.draw_bars(axis, "MAE", outcomes(planned), dict.fromkeys(planned, "red"))
+    dashed = [(*line.get_xdata(), line.get_ydata()[0]) for line in axis.lines if line.get_linestyle() == "--"]
+    third = 0.8 / 3
+    assert dashed[0] == pytest.approx((-0.4, -0.4 + third, 9.0))
+    assert dashed[1] == pytest.approx((-0.4 + third, 0.4, 5.0))  # one line for the two bars of dots
+    axis.clear()
+    report.draw_curves(axis, "entropy", outcomes(planned), {"a": "red", "b": "green", "c": "blue"})
+    assert [line.get_color() for line in axis.lines] == ["green", "green", "grey", "blue", "blue", "grey"]  # a is b
+    plt.close(figure)
 
 
 def test_curves_are_means_over_seeds_and_whole_cycles(here):
