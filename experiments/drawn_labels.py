@@ -30,6 +30,13 @@ LOWEST, HIGHEST = 1, 20
 RATIO = 0.75  # of the frequency of a number of dots to that of the number before it
 
 
+NAME = re.compile(r"dots-skewed|dots-noise-(\d+(?:\.\d+)?)")
+
+
+def is_a_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None
+
+
 def noisy_label(item: Item, std: float) -> int:
     """The label with noise that belongs to the item: the same whenever it is made."""
     noise = random.Random(f"noise {std} {item.name}").gauss(0, std)
@@ -50,13 +57,13 @@ def skewed_items(split: str) -> list[Item]:
 
 def rows_of(name: str) -> list[tuple[Item, float, str]]:
     """(drawing, label as written, split) of a data set. Raises CommandError for a name that says nothing."""
-    noise = re.fullmatch(r"dots-noise-(\d+(?:\.\d+)?)", name)
-    if name != "dots-skewed" and not noise:
+    known = NAME.fullmatch(name)
+    if not known:
         raise CommandError(f"{name!r} must be dots-skewed or dots-noise-STD, such as dots-noise-4")
-    rows = []
+    noise, rows = known[1], []
     for split in DRAWN_SIZE:
         items = load_drawn("dots", split) if noise else skewed_items(split)
-        std = float(noise[1]) if noise and split == "train" else 0.0
+        std = float(noise) if noise and split == "train" else 0.0
         rows += [(item, noisy_label(item, std) if std else item.label, split) for item in items]
     return rows
 

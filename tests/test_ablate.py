@@ -258,7 +258,7 @@ def fake_programs(folder, monkeypatch, train="", evaluation=""):
 
 def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(here, monkeypatch):
     fake_programs(here, monkeypatch)
-    run = ablate.plan_run("rmo", "RMO off", 3, ["--steps1", "7"])
+    run = ablate.plan_run("rmo", "nothing", 3, ["--steps1", "7"])
     assert run.name == "ablate-steps1-7-group-size-4-delta-1-0-rmo-k-0-seed-3"
     assert run.settings["rmo_k"] == 0 and run.settings["steps1"] == 7
     log = here / "runs" / f"{run.name}.log"
@@ -281,8 +281,8 @@ def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(here, monke
 
 def test_settings_of_the_machine_do_not_make_another_run(here, monkeypatch):
     fake_programs(here, monkeypatch)
-    plain, moved = (ablate.plan_run("rmo", "RMO on", 0, more) for more in ([], ["--workers", "0", "--device", "cpu"]))
-    assert plain.name == moved.name != ablate.plan_run("rmo", "RMO on", 0, ["--beta", "0"]).name
+    plain, moved = (ablate.plan_run("rmo", "RMO", 0, more) for more in ([], ["--workers", "0", "--device", "cpu"]))
+    assert plain.name == moved.name != ablate.plan_run("rmo", "RMO", 0, ["--beta", "0"]).name
     finish(plain)
     assert moved.is_done()
     older = {name: value for name, value in plain.settings.items() if name != "workers"}
@@ -336,7 +336,7 @@ def test_an_evaluation_that_fails_is_named(here, monkeypatch):
 def test_a_run_that_fails_stops_the_others(here, monkeypatch):
     wait = "import time\nif sys.argv[sys.argv.index('--seed') + 1] == '1': sys.exit('train.py: no such luck')\ntime.sleep(20)"
     fake_programs(here, monkeypatch, wait)
-    planned = [ablate.plan_run("rmo", "RMO on", seed, []) for seed in (0, 1, 2, 3)]
+    planned = [ablate.plan_run("rmo", "RMO", seed, []) for seed in (0, 1, 2, 3)]
     with pytest.raises(
         CommandError, match="seed-1 failed .*no such luck.* see runs/ablate-group-size-4-delta-1-0-seed-1.log"
     ):
@@ -399,6 +399,17 @@ def test_all_has_one_bar_and_reports_an_experiment_once_its_runs_are_done(here, 
     assert all((here / f"runs/ablate-{e}.{end}").exists() for e in few for end in ("txt", "csv", "png"))
 
 
+def test_drawings_with_other_labels_are_made_before_the_first_run(here, monkeypatch):
+    made, trained = [], []
+    monkeypatch.setattr(ablate.drawn_labels, "make", lambda folder: made.append(folder.name))
+    monkeypatch.setattr(ablate.Trainer, "train_all", lambda self, runs, *more: trained.append(list(made)))
+    ablate.ablate(["noise", "--seeds", "0"])
+    assert trained == [["dots-noise-2", "dots-noise-4", "dots-noise-8"]]
+    ablate.ablate(["noise", "--seeds", "0", "--", "--data-root", "elsewhere/dots-noise-2"])  # the user's own
+    ablate.ablate(["reward", "--seeds", "0"])
+    assert len(made) == 3
+
+
 def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", lambda self, run: run.folder.exists() or finish(run))
     ablate.ablate(["stages", "--seeds", "0", "--", *SHORT])
@@ -436,7 +447,7 @@ def test_unknown_settings_are_refused(argv, monkeypatch, capsys):
 
 def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
     name = lambda experiment, variant, seed=0: ablate.plan_run(experiment, variant, seed, []).name
-    assert name("transfer", "dots -> dials") == name("stages", "two stages") == name("advantage", "group")
+    assert name("transfer", "dots -> dials") == name("stages", "two") == name("advantage", "group")
     several = [name(e, v, seed) for e, of in ablate.EXPERIMENTS.items() for v in of for seed in (0, 1)]
     assert len(set(several)) < len(several)
     settings = {}
