@@ -218,7 +218,7 @@ class Sampler:
             self.weights = {task: list(accumulate(weigh(task, pool))) for task, pool in self.pools.items()}
 
     def batch(self, step: int, attempt: int = 0) -> list[Sample]:
-        """The `batch_size` samples of step `step` (0, 1, ...). With `attempt`: others of as many images."""
+        """The `batch_size` samples of step `step` (0, 1, ...). With `attempt`: as many, drawn anew, with as many images."""
         # Cycles of len(images) steps, each number once a cycle in a shuffled order: no run of one number by bad luck.
         cycle, place = divmod(step, len(self.images))
         order = list(self.images)

@@ -68,7 +68,8 @@ def group_advantages(
            pushed away from them (NGRPO, arXiv 2509.18851; its other parts are left out)
     floor  the baseline is max(mean, floor): an answer below it is never encouraged, though it be the best of its group
            (CoRPO, arXiv 2511.04439)
-    scale  divides in the place of the group's std + eps: 1 for none (Dr. GRPO, arXiv 2503.20783), or the whole batch's
+    scale  divides in the place of the group's std + eps: 1 for none (Dr. GRPO, arXiv 2503.20783, whose other part, no mean
+           over an answer's tokens, is left out), or the std of the whole batch
 
     rewards (B, G), any unit -> (B, G), float32 or better. Equal rewards not below the floor, G = 1 included, give exact
     zeros.

@@ -99,7 +99,7 @@ def train_stage(
 
             if s.rmo_source == "history":
                 history = rmo.merge(history, *world.gather(remembered(batch)))
-            monitor.log(step, batch, metrics, stage.weights.max_reward(len(samples[0].items)), learner.clock.take())
+            monitor.log(step, batch, metrics, batch.max_reward, learner.clock.take())
             done = step + 1
             if stage.validation and (done == stage.steps or done % s.validate_every == 0):
                 share, rows = validate(learner, stage)
@@ -128,7 +128,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
         rolled, redrawn = rivals.resample(roll_out, learner, stage, step, rolled, keys)
     learner.clock.lap("rollout")
     samples, prompts, rollout, texts, rewards = rolled  # the last two: N
-    if s.rank_weight == "adaptive":
+    if s.w_rank_schedule == "adaptive":
         stage = rivals.with_adaptive_rank_weight(stage, world, rewards)
         rewards = score(stage, texts, samples)
 
@@ -149,6 +149,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
     return Batch(
         prompts, answers.ids, answers.mask, answers.logp, torch.tensor(mutated), advantages,
         good=totals.amax(1) > s.rmo_poor * most, samples=samples, texts=texts, rewards=rewards, scored=scored, redrawn=redrawn,
+        max_reward=most,
         sampled_tokens=rollout.mask.sum(1),
     )  # fmt: skip
 
@@ -166,6 +167,7 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -
     # transformers checkpoints activations in training mode only; there is no dropout that this could switch on.
     policy.train(s.activation_checkpointing)
     old_logps: list[Tensor] = []  # (N, T) of each micro-batch: the policy before the first update
+    advantages: list[Tensor] = []  # (N,) of each; or (N, T)
     log: dict[str, Any] = {}
     for epoch in range(s.updates):
         metrics = UpdateMetrics(s.max_tokens_per_forward)
@@ -175,14 +177,13 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -
                 ref_logp = learner.reference_logprobs(micro)  # (N, T), or None if beta is 0
             if epoch == 0:
                 old_logps.append(logp.detach())
-            advantages = micro.advantages.flatten().to(logp.device)  # (N,)
-            if s.advantage == "entropy":
-                advantages = rivals.token_advantages(micro, entropy)  # (N, T)
+                by_token = s.advantage == "rl-zvp"
+                advantages.append(rivals.token_advantages(micro, entropy) if by_token else micro.advantages.flatten())
             loss, stats = grpo.grpo_loss(
                 logp,
                 old_logps[i] if epoch else None,  # None: on-policy, ratio 1
                 ref_logp,
-                advantages,
+                advantages[i].to(logp.device),
                 micro.mask,
                 s.clip_low,
                 s.clip_high,
@@ -256,7 +257,7 @@ def make_stage(
     """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
     steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
     weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
-    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number))
+    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), None if s.balance else False)
     every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
     tries = range(s.resample + 1)
     samples = [sample for step in every_step for attempt in tries for sample in sampler.batch(step, attempt)]
@@ -280,7 +281,7 @@ class Batch:
     sampled_logp: Tensor  # (N, T), 0 at mutated answers
     mutated: Tensor  # (N,) bool
     advantages: Tensor  # (B, G)
-    good: Tensor | None = None  # (B,) bool, groups with an answer that is not poor; --advantage entropy needs it
+    good: Tensor | None = None  # (B,) bool, groups with an answer that is not poor; --advantage rl-zvp needs it
 
     samples: list[data.Sample] = dataclasses.field(default_factory=list)  # B
     texts: list[str] = dataclasses.field(default_factory=list)  # N, after mutation
@@ -288,6 +289,7 @@ class Batch:
     scored: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, after mutation
     sampled_tokens: Tensor | None = None  # (N,), lengths as sampled
     redrawn: int = 0  # prompts that --resample drew anew
+    max_reward: float = 1.0  # the most that an answer of this step could earn
 
     def take(self, groups: list[int]) -> "Batch":
         """Some of the groups, as wide as their longest answer."""
@@ -373,8 +375,9 @@ def references_for(
     if source == "history":
         entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
     else:
-        best = lambda part: max(group, key=lambda r: (r.answer is not None, getattr(r, part))).answer or []
-        entries = rmo.cross(best("regression"), best("ranking"))
+        valid = [r for r in group if r.answer is not None] or [reward.Reward(0, 0, 0, 0)]
+        values, order = max(valid, key=lambda r: r.regression), max(valid, key=lambda r: r.ranking)
+        entries = rmo.cross(values.answer or [], order.answer or [])
     text = data.format_answer((i, f"{value:.12g}") for i, value in entries)
     return [text] if entries and stage.reward(text, sample).total > replaced else []
 

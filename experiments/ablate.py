@@ -13,9 +13,13 @@ and questions that the summaries of the paper ask or leave open:
     python -m experiments.ablate advantage       # how rewards become advantages; mean over answers or tokens
     python -m experiments.ablate transfer        # trained on dots, evaluated on dials, and the other way round
     python -m experiments.ablate delta           # tolerance of R_reg; delta_skewed: where few dots are frequent
+    python -m experiments.ablate balance         # labels that are skewed, as they are and drawn evenly
     python -m experiments.ablate weights         # weight of R_rank; weights_skewed
     python -m experiments.ablate noise           # joint against ranking only, from exact to very noisy labels
     python -m experiments.ablate all --jobs 2    # all of them, in 2 to 3 hours on 2 cores (OMP_NUM_THREADS=1)
+
+What stands behind -- is given to train.py in every run, as in `reward -- --preset utkface --model M --data-root D --steps1 500
+--steps2 500`; BUDGET's numbers of steps and images stand before it and hold where nothing else is said.
 
 Every variant is a full `train.py` run with BUDGET and a few settings changed, for every seed, in runs/ablate-CHANGES. A run that is
 finished is not run again, whichever experiment asked for it, and one that was interrupted is resumed. The table shows the mean
@@ -54,6 +58,9 @@ class Variant:
     program: str = "train.py"
     evaluate_on: str | None = None
 
+    def words(self) -> list[str]:
+        return self.changes + (["--data"] if self.evaluate_on else [])
+
 
 # experiment -> variant -> what it changes in train.py's defaults
 EIGHT = ["--images", "1", "2", "4", "8", "--steps2", "60"]
@@ -62,22 +69,26 @@ TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: mo
 # tiny/ was taught other words. It answers these as it should for one image, and hardly ever for several.
 UNSEEN = ["--question", "Count the spots.", "--order", "by number of spots, fewest first"]
 DIALS = ["--data", "dials"]
+DATA = ("--data", "--data-root", "--question", "--order")
 ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
 
 
 def labelled(name: str) -> list[str]:
-    """Drawings of dots as files; see drawn_labels.py."""
-    return ["--data", "csv", "--data-root", f"runs/{name}", *AS_DOTS]
+    """Drawings of dots as files, see drawn_labels.py; drawn as they are, where train.py would draw rare labels more often."""
+    return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *AS_DOTS]
 
 
 def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
-    """What helps where the answers of a group are all alike; see grpo.py and support/rivals.py."""
+    """What helps where the answers of a group are all alike; see grpo.py and support/rivals.py.
+
+    All have the same steps. Dynamic sampling asks for up to three times as many answers in one (`redrawn` says how many).
+    """
     return {
         "RMO": start,
         "nothing": [*start, *NO_RMO],
-        "DAPO": [*start, *NO_RMO, "--resample", "2"],
-        "NGRPO": [*start, *NO_RMO, "--advantage", "best"],
-        "RL-ZVP": [*start, *NO_RMO, "--advantage", "entropy"],
+        "dynamic sampling": [*start, *NO_RMO, "--resample", "2"],
+        "NGRPO": [*start, *NO_RMO, "--advantage", "ngrpo"],
+        "RL-ZVP": [*start, *NO_RMO, "--advantage", "rl-zvp"],
     }
 
 
@@ -94,11 +105,11 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     "rmo_k": {f"k = {k}": ["--delta", "1", "--rmo-k", str(k)] for k in (0, 1, 2, 4)},
     "rmo_source": {source: [*TIGHT, "--rmo-source", source] for source in ("truth", "history", "cross")},
     "advantage": {
-        "group": [],
-        "centred": ["--advantage", "centred"],
-        "batch": ["--advantage", "batch"],
-        "parts": ["--advantage", "parts"],
-        "floor": ["--advantage", "floor"],
+        "GRPO": [],
+        "Dr. GRPO": ["--advantage", "dr-grpo"],
+        "batch std": ["--advantage", "batch"],
+        "GDPO": ["--advantage", "gdpo"],
+        "CoRPO": ["--advantage", "corpo"],
         "token mean": ["--normalize", "token"],
     },
     "transfer": {
@@ -111,7 +122,8 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     "delta_skewed": {f"delta {d}": [*labelled("dots-skewed"), "--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.1, 0.3, 1, 3, 10)},
     "weights_skewed": {f"rank x {w}": [*labelled("dots-skewed"), "--w-rank", str(w)] for w in (0.1, 1, 10)},
-    "stages": {"two": [], "one": ONE_STAGE, "one, adaptive": [*ONE_STAGE, "--rank-weight", "adaptive"]},
+    "balance": {"labels as they are": labelled("dots-skewed"), "drawn evenly": [*labelled("dots-skewed"), "--balance"]},
+    "stages": {"two": [], "one": ONE_STAGE, "one, adaptive": [*ONE_STAGE, "--w-rank-schedule", "adaptive"]},
     "noise": {
         f"{name}, noise {std}": [*(labelled(f"dots-noise-{std}") if std else []), *reward]
         for std in (0, 2, 4, 8)
@@ -120,10 +132,14 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
 }
 
 
+def variant_of(experiment: str, name: str) -> Variant:
+    said = EXPERIMENTS[experiment][name]
+    return said if isinstance(said, Variant) else Variant(said)
+
+
 def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     """Raises SettingError if train.py would refuse the settings."""
-    said = EXPERIMENTS[experiment][variant]
-    what = said if isinstance(said, Variant) else Variant(said)
+    what = variant_of(experiment, variant)
     arguments = [*BUDGET, *what.changes, "--seed", str(seed), *more]
     # The name says how the settings differ from BUDGET's. So equal runs of two experiments are one run.
     usual, settings = comparable(parse_settings(BUDGET)), comparable(parse_settings(arguments))
@@ -165,9 +181,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if len(set(args.seeds)) < len(args.seeds):
         raise CommandError("--seeds must all differ")
     more = argv[cut + 1 :]
-    ours = {"--name", "--seed", "--resume"} & {argument.split("=")[0] for argument in more}
-    if ours:
+    given = {argument.split("=")[0] for argument in more}
+    if ours := {"--name", "--seed", "--resume", "--plan"} & given:
         raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
+    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
+    drawings = [name for name in names if any({*DATA} & {*variant_of(name, v).words()} for v in EXPERIMENTS[name])]
+    if drawings and (other := {"--preset", *DATA} & given):
+        raise CommandError(
+            f"{drawings[0]} is about drawings and what is asked of them: leave out {min(other)} behind --"
+        )
     return args, more
 
 

@@ -1,10 +1,11 @@
 """Drawings of dots whose labels are noisy or skewed, as files: what real data has and `--data dots` has not.
 
     python -m experiments.drawn_labels runs/dots-noise-4      # training labels with Gaussian noise of std 4
-    python -m experiments.drawn_labels runs/dots-skewed       # few dots are frequent: each number is 3/4 as frequent as the last
+    python -m experiments.drawn_labels runs/dots-skewed       # few dots are frequent: each number is 3/4 as frequent as the one before
 
 The name says what is made: a folder of PNGs and a labels.csv, for `--data csv --data-root FOLDER`. Only training labels are noisy;
-validation and test have the true ones. Noisy labels are rounded and kept within 1 to 20. Skewed are all three splits, as in
+validation and test have the true ones. Noisy labels are rounded and kept within 1 to 20, so with a std of 8 every fifth is 1, and
+every fifth 20. Skewed are all three splits, as in
 real data. A folder that is there is left as it is.
 """
 
@@ -70,9 +71,11 @@ def rows_of(name: str) -> list[tuple[Item, float, str]]:
 
 def make(folder: Path) -> None:
     """Write the data set that the folder's name says, unless it is there. Raises CommandError, OSError."""
+    rows = rows_of(folder.name)
     if (folder / "labels.csv").is_file():
         return
-    rows = rows_of(folder.name)
+    if folder.exists():
+        raise CommandError(f"{folder} is there and holds no labels.csv: move it away, or name another place")
     check_writable(folder, "the folder")
     beside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)

@@ -23,7 +23,8 @@ def collect(learner, stage, step, samples, prompts, history) -> train.Batch:
     scored = [stage.reward(text, sample) for text, sample in zip(texts, samples, strict=True)]
     return train.Batch(
         prompts, ids, mask, logp, torch.ones(B, dtype=torch.bool), torch.ones(B, 1),
-        samples=samples, texts=texts, rewards=scored, scored=scored, sampled_tokens=mask.sum(1),
+        good=torch.ones(B, dtype=torch.bool), samples=samples, texts=texts, rewards=scored, scored=scored, sampled_tokens=mask.sum(1),
+        max_reward=stage.weights.max_reward(len(samples[0].items)),
     )  # fmt: skip
 
 

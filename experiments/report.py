@@ -152,7 +152,7 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
     from matplotlib.patches import Patch
 
     above: list[Any] = ["valid"] * 2 + ["MAE"] * 7 + ["tau"] * 5 + ["tau_values"] * 6
-    below: list[Any] = [title for title in STEPS for _ in range(len(above) // len(STEPS))]
+    below: list[Any] = [title for title in CURVES for _ in range(len(above) // len(CURVES))]
     figure, axes = plt.subplot_mosaic([above, below], figsize=(15, 7.5), layout="constrained")
     colours = {variant: f"C{i}" for i, variant in enumerate(variants)}
     for kind, title in BARS.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.commands import CommandError
-from support.settings import MACHINE, parse_settings
+from support.settings import MACHINE, SettingError, parse_settings
 from support.tables import mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 
 # What is shown of the training steps: title -> key in metrics.jsonl
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
-         "mutated": "mutated"}  # fmt: skip
+         "mutated": "mutated", "redrawn": "redrawn"}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,10 @@ def plan(name: str, arguments: list[str], program: str = "train.py", evaluate_on
     """Raises SettingError if train.py would refuse the settings."""
     arguments = ["--name", name, *arguments]
     settings = json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments))))
-    return Run(name, arguments, settings, program, evaluate_on)
+    run = Run(name, arguments, settings, program, evaluate_on)
+    if not run.steps:
+        raise SettingError("--steps1 and --steps2 are both 0: nothing would be trained")
+    return run
 
 
 def slug(text: str) -> str:
@@ -221,7 +224,7 @@ def read_run(run: Run) -> Outcome:
         for line in file.read_text(encoding="utf-8").splitlines():
             log = json.loads(line)
             if run.program != "train.py":  # imitation has no groups of answers
-                log |= dict.fromkeys(("advantage_var", "zero_spread", "mutated"))
+                log |= dict.fromkeys(("advantage_var", "zero_spread", "mutated", "redrawn"))
             logs[log["stage"], log["step"]] = log
         if len(logs) != run.steps:
             raise ValueError(f"it should have {run.steps} steps")

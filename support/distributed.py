@@ -258,9 +258,9 @@ def micro_batches_on_all_ranks(learner: Learner, batch) -> tuple[list[tuple[Any,
     The count, of answers or answer tokens, is over all ranks: not a mean of the ranks' means.
     """
     s, world = learner.settings, learner.world
-    # A group without advantage and without KL has no gradient at all: it is not run.
-    all_count = learner.reference is not None or s.advantage == "entropy"
-    wanted = [b for b in range(len(batch.prompts)) if all_count or batch.advantages[b].any()]
+    # A group without advantage and without KL has no gradient at all, but for RL-ZVP: it is not run.
+    always = learner.reference is not None or s.advantage == "rl-zvp"
+    wanted = [b for b in range(len(batch.prompts)) if always or batch.advantages[b].any()]
     micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
     sizes = {"micros": len(micros), "sequence": batch.advantages.numel(), "token": int(batch.mask.sum())}
     everywhere = world.gather(sizes)

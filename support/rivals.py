@@ -19,26 +19,28 @@ from support.tables import mean
 
 
 def advantages(s: Settings, weights, scored: list, most: float, world) -> Tensor:
-    """(B, G) from the N rewards, as --advantage says.  most: the best possible reward
+    """(B, G) from the N rewards, as --advantage says.
 
-    parts is GDPO (TRL's normalize_then_sum) without its last step, a normalisation over the batch.
+    weights: train.RewardWeights    most: the best possible reward    world: the processes
     """
     groups = lambda rewards: torch.tensor(list(rewards), dtype=torch.float64).view(-1, s.group_size)  # (B, G)
     totals = groups(r.total for r in scored)
-    how: dict[str, Any] = {}
-    if s.advantage == "parts":
-        parts = ((weights.w_reg, "regression"), (weights.w_rank, "ranking"), (weights.w_format, "format"))
-        by_part = [weight * grpo.group_advantages(groups(getattr(r, part) for r in scored)) for weight, part in parts]
-        return torch.stack(by_part).sum(0).float()
-    if s.advantage == "centred":
-        how = {"scale": 1.0}
-    elif s.advantage == "batch":  # over all processes, so that N of them take the step that one would
-        how = {"scale": torch.cat(world.gather(totals)).std(correction=0) + 1e-4}
-    elif s.advantage == "best":
-        how = {"best": most}
-    elif s.advantage == "floor":
-        how = {"floor": s.rmo_poor * most, "scale": 1.0}
-    return grpo.group_advantages(totals, **how).float()  # entropy: here GRPO's, see token_advantages
+    match s.advantage:
+        case "gdpo":  # each reward by itself; the last step of TRL's normalize_then_sum, over the batch, is left out
+            parts = ((weights.w_reg, "regression"), (weights.w_rank, "ranking"), (weights.w_format, "format"))
+            by_part = [w * grpo.group_advantages(groups(getattr(r, part) for r in scored)) for w, part in parts]
+            return torch.stack(by_part).sum(0).float()
+        case "batch":  # over all processes, so that N of them take the step that one would
+            std = torch.cat(world.gather(totals)).std(correction=0)
+            return grpo.group_advantages(totals, scale=std + 1e-4).float()
+        case "dr-grpo":
+            return grpo.group_advantages(totals, scale=1.0).float()
+        case "ngrpo":
+            return grpo.group_advantages(totals, best=most).float()
+        case "corpo":
+            return grpo.group_advantages(totals, floor=s.rmo_poor * most, scale=1.0).float()
+        case _:  # rl-zvp differs in groups without spread alone, and there by token: see token_advantages
+            return grpo.group_advantages(totals).float()
 
 
 def token_advantages(batch, entropy: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ def token_advantages(batch, entropy: Tensor) -> Tensor:
 def resample(roll: Callable, learner, stage, step: int, rolled, keys: list[tuple]) -> tuple[Any, int]:
     """Other prompts in the place of those whose answers all earn the same: DAPO's dynamic sampling (arXiv 2503.14476).
 
-    Again and again for what is still alike, --resample times at most; what remains then stays.
+    Again and again for what is still alike, --resample times at most; what remains then stays. The new images are read
+    here, not by the workers beforehand, so this is slow where images are large.
 
     roll    train.roll_out, which answers prompts      rolled  what it gave for the step's own prompts: train.Rolled
     Returns the like of `rolled`, and how many prompts were drawn anew.
@@ -79,7 +82,7 @@ def resample(roll: Callable, learner, stage, step: int, rolled, keys: list[tuple
 def _put(rolled, new, places: list[int], G: int, filler: int):
     """`rolled` with the groups of `new` at these places."""
     N = len(rolled.texts)
-    group, row = list(range(len(rolled.samples))), list(range(N))  # which of both, one behind the other
+    group, row = list(range(len(rolled.samples))), list(range(N))  # places in `rolled` followed by `new`
     for i, b in enumerate(places):
         group[b] = len(rolled.samples) + i
         row[b * G : (b + 1) * G] = range(N + i * G, N + (i + 1) * G)
@@ -100,5 +103,5 @@ def with_adaptive_rank_weight(stage, world, rewards: list):
     So the order counts little while the values are wrong, and more as they settle, without a second stage: our answer to
     the paper's "training everything from the start was unstable". It needs no state.
     """
-    right = mean(r.regression for some in world.gather(rewards) for r in some)
+    right = mean(world.gather(mean(r.regression for r in rewards)))  # every process has as many answers
     return dataclasses.replace(stage, weights=dataclasses.replace(stage.weights, w_rank=stage.weights.w_rank * right))

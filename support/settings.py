@@ -36,6 +36,7 @@ class Settings:
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
     skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
     question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)")
+    balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 11)")
     order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     # How much
@@ -51,9 +52,9 @@ class Settings:
     w_reg: float = setting(1.0, "weight of R_reg")
     w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
     w_format: float = setting(1.0, "weight of R_format")
-    rank_weight: str = setting(
+    w_rank_schedule: str = setting(
         "constant",
-        "adaptive: w_rank is multiplied by the mean R_reg of the step's answers",
+        "constant, or adaptive: stage 2's w_rank times the mean R_reg of the step's answers",
         choices=("constant", "adaptive"),
     )
     # RMO
@@ -80,14 +81,14 @@ class Settings:
     clip_high: float = setting(0.2, "and above 1 + clip_high")
     advantage: str = setting(
         "group",
-        "group: (r - mean) / std; rivals of it, see grpo.py: centred: without std; batch: std of the whole batch; "
-        "parts: of each weighted reward by itself, then summed; best: mean and std with the best possible reward among "
-        "them; floor: no std, and no answer that is poor (--rmo-poor) is encouraged; entropy: a token's entropy where "
-        "the group has no spread",
-        choices=("group", "centred", "batch", "parts", "best", "floor", "entropy"),
+        "group: (r - mean) / std, GRPO's; for comparison, see grpo.py: dr-grpo, without std; batch, the whole batch's std; "
+        "gdpo, of each weighted reward by itself, then summed; ngrpo, with the best possible reward in mean and std; "
+        "corpo, without std and with --rmo-poor as least baseline; rl-zvp, by entropy where a group has no spread",
+        choices=("group", "dr-grpo", "batch", "gdpo", "ngrpo", "corpo", "rl-zvp"),
     )
     resample: int = setting(
-        0, "times that a prompt whose answers all earn the same is replaced by another one, a rival of RMO"
+        0,
+        "times that a prompt whose answers all earn the same is replaced by another (DAPO's dynamic sampling), for comparison",
     )
     normalize: str = setting(
         "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
@@ -228,9 +229,12 @@ def read_settings(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SettingError(f"{file} cannot be read ({error}): {advice}") from None
     fields = {f.name: f for f in dataclasses.fields(Settings)}
-    if not isinstance(saved, dict) or saved.keys() != fields.keys():
-        odd = sorted(saved.keys() ^ fields.keys()) if isinstance(saved, dict) else [type(saved).__name__]
-        raise SettingError(f"{file} does not hold the settings of a run ({', '.join(odd)[:200]}): {advice}")
+    if not isinstance(saved, dict):
+        raise SettingError(f"{file} does not hold the settings of a run ({type(saved).__name__}): {advice}")
+    if odd := ", ".join(sorted(saved.keys() ^ fields.keys()))[:200]:
+        raise SettingError(
+            f"{file} is damaged or of another version of this program (they differ in {odd}): go on with that version, or {advice}"
+        )
     for name, value in saved.items():
         kind = kind_of(fields[name])
         if kind == tuple[int, ...]:
@@ -282,7 +286,7 @@ def check_name(name: str) -> None:
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank", "resample")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
     positive = ("lr", "max_grad_norm", "temperature", "lora_alpha", "gpu_memory")
     text = ("question", "order")
     rules = [
@@ -297,6 +301,12 @@ def check_settings(s: Settings) -> None:
         ("max_pixels", s.max_pixels is None or s.max_pixels >= 56 * 56, "must be at least 3136 (56 x 56 pixels)"),
         ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
         ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
+        (
+            "w_rank_schedule",
+            s.w_rank_schedule == "constant" or (s.w_rank and s.steps2 and s.stage != 1),
+            "needs a stage 2 with --w-rank above 0",
+        ),
+        ("resample", 0 <= s.resample <= 16, "must be from 0 to 16"),
         ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),

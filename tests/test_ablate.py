@@ -82,7 +82,7 @@ def test_a_row_is_read_from_the_last_stage_and_the_steps(here):
         "entropy": (1 + 2 + 4 + 2 + 7) / 5,
         "mutated": (0.5 + 0.5) / 6,
     }
-    assert set(read.row) - set(known) == {"grad norm", "Var(A)", "zero spread"}  # not measured is not 0
+    assert set(read.row) - set(known) == {"grad norm", "Var(A)", "zero spread", "redrawn"}  # not measured is not 0
     assert read.base["MAE@2"] == 4.0 and read.base["tau@2"] == 0.125
     assert read.blind == {"MAE@1": 5.0, "MAE@2": 6.0, "tau@2": -0.25}
 
@@ -369,7 +369,7 @@ def test_one_bar_counts_what_is_shared_once_and_what_is_done_from_the_start(here
     monkeypatch.setattr(runs, "tqdm", Bar(made))
     fake_programs(here, monkeypatch)
     plain = lambda variant: ablate.plan_run("advantage", variant, 0, SHORT)
-    done, other = finish(plain("group")), plain("centred")
+    done, other = finish(plain("GRPO")), plain("Dr. GRPO")
     told = []
     runs.Trainer().train_all([done, other, done, other], 1, told.append)
     assert [(bar["total"], bar["initial"], sum(bar["updates"])) for bar in made] == [(12, 6, 6)]
@@ -379,7 +379,7 @@ def test_one_bar_counts_what_is_shared_once_and_what_is_done_from_the_start(here
 def test_all_has_one_bar_and_reports_an_experiment_once_its_runs_are_done(here, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(runs, "tqdm", Bar(made))
-    few = {"first": {"plain": [], "centred": ["--advantage", "centred"]}, "second": {"plain": [], "parts": ["--advantage", "parts"]}}  # fmt: skip
+    few = {"first": {"plain": [], "centred": ["--advantage", "dr-grpo"]}, "second": {"plain": [], "parts": ["--advantage", "gdpo"]}}  # fmt: skip
     monkeypatch.setattr(ablate, "EXPERIMENTS", few)
     trained = []
 
@@ -405,7 +405,6 @@ def test_drawings_with_other_labels_are_made_before_the_first_run(here, monkeypa
     monkeypatch.setattr(ablate.Trainer, "train_all", lambda self, runs, *more: trained.append(list(made)))
     ablate.ablate(["noise", "--seeds", "0"])
     assert trained == [["dots-noise-2", "dots-noise-4", "dots-noise-8"]]
-    ablate.ablate(["noise", "--seeds", "0", "--", "--data-root", "elsewhere/dots-noise-2"])  # the user's own
     ablate.ablate(["reward", "--seeds", "0"])
     assert len(made) == 3
 
@@ -426,6 +425,12 @@ def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
         (["rmo", "--", "--name", "mine"], "--name"),
         (["rmo", "--", "--seed", "9"], "--seed"),
         (["rmo", "--", "--resume"], "--resume"),
+        (["rmo", "--", "--plan"], "--plan"),
+        (["rmo", "--", "--steps1", "0", "--steps2", "0"], "nothing would be trained"),
+        (["noise", "--", "--preset", "utkface"], "noise is about drawings .* leave out --preset"),
+        (["transfer", "--", "--data=coco"], "transfer is about drawings .* leave out --data"),
+        (["rmo_unseen", "--", "--question", "How many?"], "rmo_unseen is about .* --question"),
+        (["all", "--", "--data-root", "x"], "about drawings"),
         (["rmo", "--", "--preset", "utkface"], "--model"),
         (["rmo", "--", "--delta", "nan"], "--delta"),
     ],
@@ -447,7 +452,7 @@ def test_unknown_settings_are_refused(argv, monkeypatch, capsys):
 
 def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
     name = lambda experiment, variant, seed=0: ablate.plan_run(experiment, variant, seed, []).name
-    assert name("transfer", "dots -> dials") == name("stages", "two") == name("advantage", "group")
+    assert name("transfer", "dots -> dials") == name("stages", "two") == name("advantage", "GRPO")
     several = [name(e, v, seed) for e, of in ablate.EXPERIMENTS.items() for v in of for seed in (0, 1)]
     assert len(set(several)) < len(several)
     settings = {}

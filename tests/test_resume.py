@@ -70,6 +70,31 @@ def test_killed_and_resumed_is_as_if_never_stopped(finished, tmp_path, monkeypat
     assert_same(out, tmp_path / "runs" / "renamed")
 
 
+def test_rivals_have_no_state_that_a_checkpoint_would_miss(tmp_path, monkeypatch):
+    settings = [*TINY, "--steps2", "2", "--validate-every", "0", "--delta", "1", "--resample", "1",
+                "--w-rank-schedule", "adaptive", "--rmo-source", "cross", "--advantage", "batch"]  # fmt: skip
+    honest = Monitor.log
+
+    def dies(self, step, *rest):
+        honest(self, step, *rest)
+        if (self.stage, step) == (2, 1):
+            raise Killed
+
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with monkeypatch.context() as patch:
+            if name == "killed":
+                patch.setattr(Monitor, "log", dies)
+                with pytest.raises(Killed):
+                    train_here(*settings)
+            else:
+                train_here(*settings)
+    train_here(*settings, "--resume")
+    whole, again = (tmp_path / name / "runs/rarl/metrics.jsonl" for name in ("whole", "killed"))
+    assert again.read_text() == whole.read_text() and any(line["redrawn"] for line in lines(whole))
+
+
 def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, capsys):
     out, _ = finished
     run = tmp_path / "runs" / "rarl"

@@ -98,7 +98,7 @@ DAMAGE = [
     ("settings.json", cut, "settings.json cannot be read"),
     ("settings.json", os.unlink, "has no settings.json"),
     ("settings.json", edit("lr", "fast"), 'settings.json: lr is "fast", which it cannot be'),
-    ("settings.json", edit("speed", 1), "does not hold the settings of a run (speed)"),
+    ("settings.json", edit("speed", 1), "is damaged or of another version of this program (they differ in speed)"),
     ("settings.json", edit("beta", 0.5), "was changed after the start: beta was"),
     ("checkpoints", shutil.rmtree, "stage 1 of runs/rarl is finished, but there is no checkpoint to go on from"),
     ("stage1/model.safetensors", cut, "model.safetensors was altered"),
