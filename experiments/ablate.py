@@ -16,7 +16,7 @@ and questions that the summaries of the paper ask or leave open:
     python -m experiments.ablate balance         # labels that are skewed, as they are and drawn evenly
     python -m experiments.ablate weights         # weight of R_rank; weights_skewed
     python -m experiments.ablate noise           # joint against ranking only, from exact to very noisy labels
-    python -m experiments.ablate all --jobs 2    # all of them, in 2 to 3 hours on 2 cores (OMP_NUM_THREADS=1)
+    python -m experiments.ablate all --jobs 2    # all of them, in about three hours on 2 cores (OMP_NUM_THREADS=1)
 
 What stands behind -- is given to train.py in every run, as in `reward -- --preset utkface --model M --data-root D --steps1 500
 --steps2 500`; BUDGET's numbers of steps and images stand before it and hold where nothing else is said.
