@@ -168,7 +168,7 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
     lines += [Line2D([], [], color="black", marker="o", markersize=3, linestyle="", label="one seed")]
     lines += [Line2D([], [], color="grey", linewidth=0.8, label="stage 2 begins")]
     title = f"{experiment}. Above: after training, bar = mean of {rests_on(variants)}. Below: while it trains, mean of the seeds"
-    figure.legend(handles=patches, loc="outside upper center", ncols=7, frameon=False, title=title, title_fontsize=12)
+    figure.legend(handles=patches, loc="outside upper center", ncols=8, frameon=False, title=title, title_fontsize=12)
     figure.legend(handles=lines, loc="outside lower center", ncols=7, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
