@@ -111,9 +111,10 @@ def entropy_advantages(entropy: Tensor, mask: Tensor, good: Tensor, alpha: float
     tensor([[ 0.1000,  0.2000,  0.0000],
             [-0.1000,  0.0000,  0.0000]])
     """
-    entropy = full_precision(entropy.detach()).masked_fill(~mask.bool(), 0.0)  # (N, T), never negative
+    padding = ~mask.bool()  # (N, T)
+    entropy = full_precision(entropy.detach()).masked_fill(padding, 0.0)  # (N, T), never negative
     below = entropy - entropy.amax(1, keepdim=True)  # (N, T)
-    return alpha * torch.where(good[:, None], entropy, below).masked_fill(~mask.bool(), 0.0)
+    return alpha * torch.where(good[:, None], entropy, below).masked_fill(padding, 0.0)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
 
     # mutate: a good answer into groups that are all alike and poor. It is then scored like the others
     texts, mutated = mutate_groups(s, stage, samples, texts, rewards, history, keys)
-    scored = score(stage, texts, samples) if any(mutated) else rewards
+    scored = [stage.reward(texts[i], samples[i // s.group_size]) if mutated[i] else r for i, r in enumerate(rewards)]
 
     # advantage, from the rewards after mutation
     totals = torch.tensor([r.total for r in scored], dtype=torch.float64).view(B, s.group_size)
@@ -142,7 +142,7 @@ def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts:
     if s.advantage == "group":
         advantages = grpo.group_advantages(totals).float()  # (B, G)
     else:
-        advantages = rivals.advantages(s, stage.weights, scored, most, world)
+        advantages = rivals.advantages(s, stage.weights, scored, totals, most, world)
 
     answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
     learner.clock.lap("reward")
@@ -375,9 +375,9 @@ def references_for(
     if source == "history":
         entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
     else:
-        valid = [r for r in group if r.answer is not None] or [reward.Reward(0, 0, 0, 0)]
-        values, order = max(valid, key=lambda r: r.regression), max(valid, key=lambda r: r.ranking)
-        entries = rmo.cross(values.answer or [], order.answer or [])
+        valid = [(r, r.answer) for r in group if r.answer]
+        best = lambda part: max(valid, key=lambda pair: getattr(pair[0], part))[1]
+        entries = rmo.cross(best("regression"), best("ranking")) if valid else []
     text = data.format_answer((i, f"{value:.12g}") for i, value in entries)
     return [text] if entries and stage.reward(text, sample).total > replaced else []
 

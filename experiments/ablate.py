@@ -48,6 +48,7 @@ from support.settings import comparable, flag, parse_settings
 # Of every run; what stands behind -- overrides it. Without validation a stage ends with its last policy.
 BUDGET = ["--steps1", "30", "--steps2", "45", "--images", "1", "2", "4", "--eval-samples", "100",
           "--val-samples", "1", "--validate-every", "0", "--watch-every", "0"]  # fmt: skip
+DATA = {"--data", "--data-root", "--question", "--order"}
 
 
 @dataclass
@@ -58,8 +59,10 @@ class Variant:
     program: str = "train.py"
     evaluate_on: str | None = None
 
-    def words(self) -> list[str]:
-        return self.changes + (["--data"] if self.evaluate_on else [])
+    @property
+    def names_data(self) -> bool:
+        """Whether it says which images are looked at, or what is asked about them."""
+        return self.evaluate_on is not None or not DATA.isdisjoint(self.changes)
 
 
 # experiment -> variant -> what it changes in train.py's defaults
@@ -69,7 +72,6 @@ TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: mo
 # tiny/ was taught other words. It answers these as it should for one image, and hardly ever for several.
 UNSEEN = ["--question", "Count the spots.", "--order", "by number of spots, fewest first"]
 DIALS = ["--data", "dials"]
-DATA = ("--data", "--data-root", "--question", "--order")
 ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
 
 
@@ -184,8 +186,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     given = {argument.split("=")[0] for argument in more}
     if ours := {"--name", "--seed", "--resume", "--plan"} & given:
         raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
-    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
-    drawings = [name for name in names if any({*DATA} & {*variant_of(name, v).words()} for v in EXPERIMENTS[name])]
+    args.experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    drawings = [e for e in args.experiments if any(variant_of(e, name).names_data for name in EXPERIMENTS[e])]
     if drawings and (other := {"--preset", *DATA} & given):
         raise CommandError(
             f"{drawings[0]} is about drawings and what is asked of them: leave out {min(other)} behind --"
@@ -196,7 +198,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def ablate(argv: list[str]) -> None:
     """Raises CommandError, SettingError, OSError."""
     args, more = parse(argv)
-    experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    experiments = args.experiments
     planned = {  # all are planned, and so checked, before the first one starts
         e: {variant: [plan_run(e, variant, seed, more) for seed in args.seeds] for variant in EXPERIMENTS[e]}
         for e in experiments

@@ -18,17 +18,16 @@ from support.settings import Settings
 from support.tables import mean
 
 
-def advantages(s: Settings, weights, scored: list, most: float, world) -> Tensor:
+def advantages(s: Settings, weights, scored: list, totals: Tensor, most: float, world) -> Tensor:
     """(B, G) from the N rewards, as --advantage says.
 
-    weights: train.RewardWeights    most: the best possible reward    world: the processes
+    weights: train.RewardWeights    totals: (B, G), theirs    most: the best possible one    world: the processes
     """
-    groups = lambda rewards: torch.tensor(list(rewards), dtype=torch.float64).view(-1, s.group_size)  # (B, G)
-    totals = groups(r.total for r in scored)
     match s.advantage:
         case "gdpo":  # each reward by itself; the last step of TRL's normalize_then_sum, over the batch, is left out
             parts = ((weights.w_reg, "regression"), (weights.w_rank, "ranking"), (weights.w_format, "format"))
-            by_part = [w * grpo.group_advantages(groups(getattr(r, part) for r in scored)) for w, part in parts]
+            part_of = lambda part: torch.tensor([getattr(r, part) for r in scored], dtype=totals.dtype).view_as(totals)
+            by_part = [w * grpo.group_advantages(part_of(part)) for w, part in parts]
             return torch.stack(by_part).sum(0).float()
         case "batch":  # over all processes, so that N of them take the step that one would
             std = torch.cat(world.gather(totals)).std(correction=0)

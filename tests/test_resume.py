@@ -34,6 +34,13 @@ def start(folder):
     )
 
 
+def dies_within_stage_2(self, step, *rest, honest=Monitor.log):
+    """In the place of Monitor.log: killed after the second step, before it is in a checkpoint."""
+    honest(self, step, *rest)
+    if (self.stage, step) == (2, 1):
+        raise Killed
+
+
 def assert_same(out, again):
     for file in ("metrics.jsonl", "validation.jsonl"):
         assert (again / file).read_text() == (out / file).read_text()  # no line twice, none missing
@@ -54,15 +61,8 @@ def test_killed_and_resumed_is_as_if_never_stopped(finished, tmp_path, monkeypat
     process.wait()
     assert metrics.read_text() != (out / "metrics.jsonl").read_text()
     monkeypatch.chdir(tmp_path)
-    honest = Monitor.log
-
-    def dies(self, step, *rest):
-        honest(self, step, *rest)
-        if (self.stage, step) == (2, 1):
-            raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Monitor, "log", dies)
+        patch.setattr(Monitor, "log", dies_within_stage_2)
         train_here("--resume")
     assert len(lines(metrics)) == 5
     metrics.parent.rename(tmp_path / "runs" / "renamed")
@@ -73,19 +73,12 @@ def test_killed_and_resumed_is_as_if_never_stopped(finished, tmp_path, monkeypat
 def test_rivals_have_no_state_that_a_checkpoint_would_miss(tmp_path, monkeypatch):
     settings = [*TINY, "--steps2", "2", "--validate-every", "0", "--delta", "1", "--resample", "1",
                 "--w-rank-schedule", "adaptive", "--rmo-source", "cross", "--advantage", "batch"]  # fmt: skip
-    honest = Monitor.log
-
-    def dies(self, step, *rest):
-        honest(self, step, *rest)
-        if (self.stage, step) == (2, 1):
-            raise Killed
-
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         with monkeypatch.context() as patch:
             if name == "killed":
-                patch.setattr(Monitor, "log", dies)
+                patch.setattr(Monitor, "log", dies_within_stage_2)
                 with pytest.raises(Killed):
                     train_here(*settings)
             else:

@@ -33,7 +33,8 @@ def two(theirs):
 
 def advantages(how, rewards, world=CPU, w_rank=1.0, **more):
     s = Settings(group_size=2, advantage=how, **more)
-    return rivals.advantages(s, train.RewardWeights(1, w_rank, 1), rewards, 2 + w_rank, world)
+    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(-1, 2)
+    return rivals.advantages(s, train.RewardWeights(1, w_rank, 1), rewards, totals, 2 + w_rank, world)
 
 
 def test_advantages_by_hand():
