@@ -27,7 +27,7 @@ from itertools import accumulate
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C during the slow imports below is one line
-    import support.quiet_end  # noqa: F401
+    import support.run.quiet_end  # noqa: F401
 
 import numpy as np
 import torch
@@ -374,7 +374,7 @@ def load_dataset(
 
     name            dots | dials | utkface | coco | ava | csv | jsonl | folder
     root            the data set's folder, or the file for csv, jsonl and coco (not needed for the drawn ones)
-    split           train | val | test, see `support.datasets.choose_split`
+    split           train | val | test, see `support.datasets.splits.choose_split`
     task_overrides  {"question": ..., "order": ..., "delta": ..., "decimals": ...}; None or absent: the data set's own
     skip_bad        leave out and count what cannot be used, rather than raise. It opens every image of the split
                     beforehand, which takes minutes for a large data set
@@ -389,14 +389,14 @@ def load_splits(
     skip_bad: bool = False,
 ) -> list[list[Item]]:  # fmt: skip
     """The items of several splits, with the data set's files read once; see `load_dataset`."""
-    from support import datasets
+    from support.datasets import splits as datasets
 
     return datasets.load_splits(name, root, splits, task_overrides, skip_bad)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Look at a data set before you train on it; see support/data_report.py."""
-    from support import data_report
+    """Look at a data set before you train on it; see support/datasets/report.py."""
+    from support.datasets import report as data_report
 
     data_report.main(argv)
 

@@ -7,8 +7,8 @@
         --question "How many people are in the photo?" --order "from the fewest people to the most"
 
 Without --rank the command prints one table for each number of images and writes `results.json`, `predictions.jsonl`
-(one prompt a line) and `predictions.png` into --out. With --rank it orders images without labels (support/ranking.py).
-A policy that train.py saved is asked the question that it was trained on (support/saved_task.py). The paper
+(one prompt a line) and `predictions.png` into --out. With --rank it orders images without labels (support/rank.py).
+A policy that train.py saved is asked the question that it was trained on (support/datasets/saved_task.py). The paper
 (arXiv 2601.20585) reports MAE and tau on UTKFace, accuracy and tau on COCO-REM, SRCC on AVA.
 
 How to read a table:
@@ -24,7 +24,7 @@ How to read a table:
 5. Decoding is greedy and the samples are fixed by the seed, so a run can be repeated.
 """
 
-from support.quiet_end import abandon_broken_stdout  # first: Ctrl-C during the slow imports below is one line
+from support.run.quiet_end import abandon_broken_stdout  # first: Ctrl-C during the slow imports below is one line
 
 # isort: split
 import argparse
@@ -44,16 +44,17 @@ from tqdm import tqdm
 import data
 import rarl
 import reward
-from support import ranking, saved_task
-from support.atomic_files import write_text
-from support.blind import best_constants, constant_answer
-from support.checkpoints import check_policy
-from support.eval_settings import output_folder, parse_arguments
-from support.images import unreadable
-from support.pictures import draw_predictions, draw_ranking
-from support.policies import load_any
-from support.results import remarks, results_table
-from support.tables import finite, format_table, mean
+from support import rank as ranking
+from support.datasets import saved_task
+from support.datasets.image_files import unreadable
+from support.learner.policies import load_any
+from support.run.atomic_files import write_text
+from support.run.checkpoints import check_policy
+from support.run.eval_settings import output_folder, parse_arguments
+from support.show.blind import best_constants, constant_answer
+from support.show.pictures import draw_predictions, draw_ranking
+from support.show.results import remarks, results_table
+from support.show.tables import finite, format_table, mean
 
 # --- metrics: plain functions of two equally long lists of numbers, M = number of (value, label) pairs ------
 

@@ -16,7 +16,7 @@ A step reads as the algorithm (the first four in `collect`, the last two in `upd
     step       AdamW
 
 Around the method, in support/: settings, processes and FSDP2 (`Learner`), checkpoints, the run's folder, what is logged.
-Everything goes to runs/NAME/ (see support/run_folder.py).
+Everything goes to runs/NAME/ (see support/run/run_folder.py).
 
 All that is drawn at random in a step is drawn from generators seeded by (seed, stage, step, prompt). So a step has no
 random state to save, does not depend on how many processes share it, and is the same to the last digit when it is run
@@ -25,7 +25,7 @@ again on the CPU. The loss is divided by counts over all processes, so N of them
 Shapes: B prompts of this process, G answers per prompt, N = B*G (answer g of prompt b in row b*G + g), T answer tokens.
 """
 
-import support.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
+import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
 
 # isort: split
 import dataclasses
@@ -51,23 +51,23 @@ import rarl
 import reward
 import rmo
 from support import rivals
-from support.checkpoints import Checkpoints, check_policy
-from support.distributed import Learner, micro_batches_on_all_ranks, start_world
-from support.interrupts import Interrupted, Stop, leave, lost_process
-from support.loader import load_steps
-from support.model_card import what_was_learned, write_model_card
-from support.monitor import Monitor, UpdateMetrics, dead_base
-from support.pictures import draw_predictions
-from support.plan import plan_text
-from support.policies import load_start
-from support.preflight import load_items, preflight, task_overrides, validation_prompts
-from support.results import Results, remarks, results_table
-from support.run_folder import RunFolder
-from support.saved_task import save_task
-from support.settings import SettingError, Settings, parse_settings
-from support.tables import mean
-from support.track import check_tracker
-from support.watch import compare_policies
+from support.datasets.loader import load_steps
+from support.datasets.saved_task import save_task
+from support.learner.distributed import Learner, micro_batches_on_all_ranks, start_world
+from support.learner.plan import plan_text
+from support.learner.policies import load_start
+from support.run.checkpoints import Checkpoints, check_policy
+from support.run.interrupts import Interrupted, Stop, leave, lost_process
+from support.run.preflight import load_items, preflight, task_overrides, validation_prompts
+from support.run.run_folder import RunFolder
+from support.run.settings import SettingError, Settings, parse_settings
+from support.show.model_card import what_was_learned, write_model_card
+from support.show.monitor import Monitor, UpdateMetrics, dead_base
+from support.show.pictures import draw_predictions
+from support.show.results import Results, remarks, results_table
+from support.show.tables import mean
+from support.show.track import check_tracker
+from support.show.watch import compare_policies
 
 HERE = Path(__file__).resolve().parent
 

@@ -28,7 +28,7 @@ constant, the order of the prompt). Three seeds are few, so read a difference sm
 reported: the paper's own findings are on UTKFace with Qwen2.5-VL, these are on drawings with a model two-thousandth of its size.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import sys
@@ -43,7 +43,7 @@ from experiments.commands import CommandError, check_writable, run_command
 from experiments.drawn_labels import AS_DOTS
 from experiments.report import report
 from experiments.runs import Run, Trainer, plan, slug
-from support.settings import comparable, flag, parse_settings
+from support.run.settings import comparable, flag, parse_settings
 
 # Of every run; what stands behind -- overrides it. Without validation a stage ends with its last policy.
 BUDGET = ["--steps1", "30", "--steps2", "45", "--images", "1", "2", "4", "--eval-samples", "100",

@@ -41,7 +41,7 @@ each prompt once and of the answers so far, over time over the rate of a large c
 Legend of shapes: rarl.py.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import json
@@ -60,7 +60,7 @@ from experiments import make_tiny
 from experiments.commands import CommandError, check_writable, run_command
 from experiments.costs import bandwidth, decode_bytes, matmul_peak, peak_bytes, seconds, update_flops
 from experiments.job import WAYS, Job, compare_ways, noise_prompts
-from support.tables import format_table
+from support.show.tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "update", "step", "memory")

@@ -7,8 +7,8 @@ import torch
 
 import data
 import rarl
-from support.interrupts import leave
-from support.settings import SettingError
+from support.run.interrupts import leave
+from support.run.settings import SettingError
 
 
 class CommandError(ValueError):
@@ -32,7 +32,7 @@ def check_writable(path: Path, flag: str) -> None:
 def run_command(program: str, command: Callable[[], int | None], out_of_memory: str = "use less of everything") -> None:
     """Run `command` and exit with its status. A user's mistake becomes one line on stderr and status 1.
 
-    Ctrl-C is not handled here but by support/quiet_end.py, which also covers the imports.
+    Ctrl-C is not handled here but by support/run/quiet_end.py, which also covers the imports.
     """
     try:
         raise SystemExit(command())

@@ -9,7 +9,7 @@ every fifth 20. Skewed are all three splits, as in
 real data. A folder that is there is left as it is.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import csv
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from data import Item
 from experiments.commands import CommandError, check_writable, run_command
-from support.atomic_files import replace_folder
-from support.drawings import DOTS, DRAWN_SIZE, drawn_item, load_drawn
+from support.datasets.drawings import DOTS, DRAWN_SIZE, drawn_item, load_drawn
+from support.run.atomic_files import replace_folder
 
 # What train.py is told beside --data csv: the same as of dots.
 AS_DOTS = ["--question", DOTS.question, "--order", DOTS.order, "--delta", str(DOTS.delta)]

@@ -6,7 +6,7 @@ Prompts, steps, optimizer and evaluation are train.py's. Each prompt has one ans
 is 1 (one update per rollout), so the gradient is that of -mean_t log pi(o_t), and with --beta 0 nothing else is added.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import torch
 

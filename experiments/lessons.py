@@ -26,8 +26,8 @@ import eval as evaluation
 import rarl
 import reward
 from experiments.commands import CommandError
-from support.drawings import drawn_item
-from support.tables import format_number, format_table, mean
+from support.datasets.drawings import drawn_item
+from support.show.tables import format_number, format_table, mean
 
 DATASETS = ("dots", "dials")
 IMAGES = (1, 2, 4, 8)

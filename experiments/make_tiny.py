@@ -19,7 +19,7 @@ The architecture is transformers' own Qwen2_5_VLForConditionalGeneration, with Q
 pre-tokenizer (digits one by one) and style of chat template; only the sizes are ours.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import json
@@ -44,7 +44,7 @@ from experiments.lessons import (
     teach_eyes,
     teach_lists,
 )
-from support.atomic_files import write_text
+from support.run.atomic_files import write_text
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

@@ -12,7 +12,7 @@ Three seeds each, single images, 25 steps; runs/rescue.txt and runs/rescue.png. 
 was interrupted is resumed. The base is made anew when tiny/ has changed.
 """
 
-import support.quiet_end  # isort: skip  # noqa: F401
+import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
 import json
@@ -26,9 +26,9 @@ import data
 import rarl
 from experiments.commands import CommandError, check_writable, run_command
 from experiments.runs import ROOT, Trainer, plan
-from support.atomic_files import replace_folder
-from support.checkpoints import checksum
-from support.tables import format_table
+from support.run.atomic_files import replace_folder
+from support.run.checkpoints import checksum
+from support.show.tables import format_table
 
 PROSE = "I cannot tell."
 VARIANTS = {"with RMO": ["--rmo-probability", "1"], "without RMO": ["--rmo-k", "0"]}

@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.commands import CommandError
-from support.settings import MACHINE, SettingError, parse_settings
-from support.tables import mean
+from support.run.settings import MACHINE, SettingError, parse_settings
+from support.show.tables import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import data
 import grpo
 import rarl
-from support.settings import Settings
-from support.tables import mean
+from support.run.settings import Settings
+from support.show.tables import mean
 
 
 def advantages(s: Settings, weights, scored: list, totals: Tensor, most: float, world) -> Tensor:

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 import data
-from support import datasets, drawings
+from support.datasets import drawings
+from support.datasets import splits as datasets
 
 
 def noise_image(width, height, seed=0):

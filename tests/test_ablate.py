@@ -15,7 +15,7 @@ import pytest
 
 from experiments import ablate, report, runs
 from experiments.commands import CommandError
-from support.settings import SettingError
+from support.run.settings import SettingError
 
 # A run of 2 + 4 steps with 1 and 2 images in a prompt
 SHORT = ["--steps1", "2", "--steps2", "4", "--images", "1", "2"]

@@ -11,7 +11,7 @@ import pytest
 from small_data import make_images, write_table
 
 import data
-from support import datasets
+from support.datasets import splits as datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "path,label\na.jpg,1\nb.jpg,2\n"

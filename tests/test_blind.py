@@ -6,8 +6,8 @@ import random
 import pytest
 
 import reward
-from support import blind
-from support.blind import best_constant
+from support.show import blind
+from support.show.blind import best_constant
 
 
 def earned(value, labels, delta):

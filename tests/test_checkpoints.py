@@ -1,4 +1,4 @@
-"""support/checkpoints.py: written whole or not at all, damage is noticed, saving changes nothing."""
+"""support/run/checkpoints.py: written whole or not at all, damage is noticed, saving changes nothing."""
 
 import copy
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-import support.checkpoints as checkpoints_file
-from support.checkpoints import Checkpoints
-from support.distributed import Learner, World, make_optimizer_state
-from support.settings import SettingError, Settings
+import support.run.checkpoints as checkpoints_file
+from support.learner.distributed import Learner, World, make_optimizer_state
+from support.run.checkpoints import Checkpoints
+from support.run.settings import SettingError, Settings
 
 CPU = World(0, 1, torch.device("cpu"))
 

@@ -12,8 +12,8 @@ import grpo
 import rarl
 import reward
 import train
-from support.distributed import Learner, World, micro_batches
-from support.settings import Settings
+from support.learner.distributed import Learner, World, micro_batches
+from support.run.settings import Settings
 
 CPU = World(0, 1, torch.device("cpu"))
 G = 4

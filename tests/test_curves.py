@@ -1,4 +1,4 @@
-"""support/curves.py: what the panels are made of."""
+"""support/show/curves.py: what the panels are made of."""
 
 import json
 
@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
-from support import curves
+from support.show import curves
 
 
 def write(file, *entries):

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import reward
-from support import drawings
+from support.datasets import drawings
 
 
 class Processor(Qwen2_5_VLProcessor):

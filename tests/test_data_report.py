@@ -10,7 +10,7 @@ from PIL import Image
 from small_data import item, make_images, write_table
 
 import data
-from support import data_report
+from support.datasets import report as data_report
 
 
 def test_inspection_says_it_all(tmp_path, capsys):

@@ -6,7 +6,8 @@ import pytest
 from small_data import TABLE, everything, make_images, write_table
 
 import data
-from support import datasets, readers
+from support.datasets import readers
+from support.datasets import splits as datasets
 
 
 def test_hash_split_is_stable_and_70_10_20():

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 
-from support import lora
-from support.distributed import World, spread
-from support.policies import load_start
-from support.settings import Settings
+from support.learner import lora
+from support.learner.distributed import World, spread
+from support.learner.policies import load_start
+from support.run.settings import Settings
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import data
-from support import drawings
+from support.datasets import drawings
 
 
 @pytest.mark.parametrize("name", ["dots", "dials"])

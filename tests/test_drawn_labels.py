@@ -8,7 +8,7 @@ import pytest
 import data
 from experiments import drawn_labels
 from experiments.commands import CommandError
-from support.drawings import DRAWN_SIZE, load_drawn
+from support.datasets.drawings import DRAWN_SIZE, load_drawn
 
 
 @pytest.fixture

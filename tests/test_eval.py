@@ -11,7 +11,8 @@ from scipy import stats
 
 import data
 import eval as evaluation
-from support import pictures, ranking, results, tables
+from support import rank as ranking
+from support.show import pictures, results, tables
 
 
 @pytest.fixture

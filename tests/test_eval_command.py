@@ -19,8 +19,8 @@ from PIL import Image
 import data
 import eval as evaluation
 import rarl
-from support.checkpoints import write_checksums
-from support.saved_task import save_task
+from support.datasets.saved_task import save_task
+from support.run.checkpoints import write_checksums
 
 ROOT = Path(__file__).resolve().parent.parent
 

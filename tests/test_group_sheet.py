@@ -1,4 +1,4 @@
-"""support/group_sheet.py: one group of answers as a picture, whatever the answers and however many the images."""
+"""support/show/group_sheet.py: one group of answers as a picture, whatever the answers and however many the images."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from fakes import COLOURS, answer, sample
 from PIL import Image
 
 import reward
-from support import group_sheet
+from support.show import group_sheet
 
 
 @pytest.mark.parametrize("n", [1, 3, 10])

@@ -12,7 +12,8 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from support import datasets, images
+from support.datasets import image_files as images
+from support.datasets import splits as datasets
 
 
 def saved(tmp_path, image, name="x.png", **kwargs):

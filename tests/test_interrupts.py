@@ -1,4 +1,4 @@
-"""support/interrupts.py: a signal is heard at once, or noted until the loop looks, and never lost."""
+"""support/run/interrupts.py: a signal is heard at once, or noted until the loop looks, and never lost."""
 
 import os
 import signal
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
-from support.interrupts import Interrupted, Stop, leave
-from support.settings import SettingError
+from support.run.interrupts import Interrupted, Stop, leave
+from support.run.settings import SettingError
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_ctrl_c_is_quiet_from_the_first_import_on():
     """torch takes seconds to import, and Ctrl-C must not print a traceback then either."""
     commands = ("ablate", "bench", "drawn_labels", "make_tiny", "rescue")
     for name in commands:
-        assert next(imports(ROOT / "experiments" / f"{name}.py", module_level=True)) == "support.quiet_end"
+        assert next(imports(ROOT / "experiments" / f"{name}.py", module_level=True)) == "support.run.quiet_end"
 
 
 def run_alone(folder, *command):

@@ -1,4 +1,4 @@
-"""support/lora.py by hand and against peft; the Learner's three roles with one copy of the weights; runs, files, bad input."""
+"""support/learner/lora.py by hand and against peft; the Learner's three roles with one copy of the weights; runs, files, bad input."""
 
 import copy
 import json
@@ -19,11 +19,11 @@ import eval as evaluation
 import rarl
 import train
 from experiments import usual_way
-from support import lora
-from support.distributed import Learner, World
-from support.monitor import Monitor
-from support.policies import load_any, load_merged, load_start
-from support.settings import SettingError, Settings, parse_settings
+from support.learner import lora
+from support.learner.distributed import Learner, World
+from support.learner.policies import load_any, load_merged, load_start
+from support.run.settings import SettingError, Settings, parse_settings
+from support.show.monitor import Monitor
 
 CPU = World(0, 1, torch.device("cpu"))
 G, T = 4, 12

@@ -1,4 +1,4 @@
-"""support/model_card.py: what a run says of itself at its end."""
+"""support/show/model_card.py: what a run says of itself at its end."""
 
 import contextlib
 import io
@@ -14,9 +14,9 @@ from runs import ROOT
 import data
 import eval as evaluation
 import rarl
-from support import lora
-from support.model_card import what_was_learned, write_model_card
-from support.settings import Settings
+from support.learner import lora
+from support.run.settings import Settings
+from support.show.model_card import what_was_learned, write_model_card
 
 RESULTS = {
     "base": {1: {"n": 9, "valid": 0.25, "mae": 3.0}, 2: {"n": 9, "valid": 1.0, "mae": 3.5, "tau": 0.1}},

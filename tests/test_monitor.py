@@ -1,4 +1,4 @@
-"""support/monitor.py: what is logged of a step, and what a run is warned of."""
+"""support/show/monitor.py: what is logged of a step, and what a run is warned of."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import torch
 
 import data
 import train
-from support.clock import Clock
-from support.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
-from support.tables import finite
+from support.show.clock import Clock
+from support.show.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
+from support.show.tables import finite
 
 
 def test_whatever_the_policy_writes_the_log_goes_on():
@@ -46,7 +46,7 @@ def test_the_progress_line_shows_the_base():
 
 def test_a_clock_knows_what_took_how_long(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 3.5, 10.0])
-    monkeypatch.setattr("support.clock.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("support.show.clock.time.perf_counter", lambda: next(now))
     clock = Clock()
     for phase in ("rollout", "update", "rollout"):
         clock.lap(phase)

@@ -1,4 +1,4 @@
-"""support/offload.py: the same steps as torch's AdamW, and the same run."""
+"""support/learner/offload.py: the same steps as torch's AdamW, and the same run."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from runs import lines, train_here
 from test_resume import Killed, assert_same
 from torch import nn
 
-from support.monitor import Monitor
-from support.offload import HostAdamW
+from support.learner.offload import HostAdamW
+from support.show.monitor import Monitor
 
 
 def learn(optimizer_of, reload_at=None):

@@ -12,8 +12,8 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from support import pictures, watch
-from support.ranking import Ranking
+from support.rank import Ranking
+from support.show import pictures, watch
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""support/plan.py: what `--plan` computes, held against real parameters, a real cache and what autograd really keeps."""
+"""support/learner/plan.py: what `--plan` computes, held against real parameters, a real cache and what autograd really keeps."""
 
 import copy
 import dataclasses
@@ -12,9 +12,9 @@ import torch
 import data
 import rarl
 import train
-from support import lora
-from support.plan import GB, Longest, Plan, longest_prompt, plan_text, read_model
-from support.settings import Settings, parse_settings
+from support.learner import lora
+from support.learner.plan import GB, Longest, Plan, longest_prompt, plan_text, read_model
+from support.run.settings import Settings, parse_settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 

@@ -12,7 +12,7 @@ from scipy import optimize, stats
 
 import data
 import eval as evaluation
-from support.ranking import (
+from support.rank import (
     PLACE,
     Ranking,
     _strengths,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import data
 import rarl
 from experiments import usual_way
-from support.drawings import DOTS
+from support.datasets.drawings import DOTS
 
 G, T = 4, 24
 

@@ -6,8 +6,9 @@ import pytest
 from small_data import TABLE, everything, make_images, noise_image, write_table
 
 import data
-from support import datasets, readers
-from support.images import open_image
+from support.datasets import readers
+from support.datasets import splits as datasets
+from support.datasets.image_files import open_image
 
 
 @pytest.fixture

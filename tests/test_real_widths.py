@@ -13,8 +13,8 @@ import data
 import rarl
 from experiments import usual_way
 from experiments.bench import SHAPES
-from support import lora
-from support.drawings import DOTS
+from support.datasets.drawings import DOTS
+from support.learner import lora
 
 FOLDER = os.environ.get("RARL_QWEN_TOKENIZER")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="RARL_QWEN_TOKENIZER names no folder")

@@ -9,7 +9,7 @@ from runs import ROOT, SMALL, lines
 
 import reward
 import train
-from support.readers import READERS
+from support.datasets.readers import READERS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```python\n(.*?)```", README.split("### Three recipes")[1].split("\n### ")[0], re.S)

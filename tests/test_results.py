@@ -6,8 +6,8 @@ import json
 from fakes import TASK, answer, sample
 
 import eval as evaluation
-from support.results import remarks, results_table
-from support.tables import finite
+from support.show.results import remarks, results_table
+from support.show.tables import finite
 
 
 def judged(*pairs):

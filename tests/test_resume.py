@@ -13,7 +13,7 @@ import pytest
 from runs import ROOT, SMALL, command, lines, train_here
 
 import train
-from support.monitor import Monitor
+from support.show.monitor import Monitor
 
 
 class Killed(BaseException):
@@ -197,7 +197,7 @@ def test_one_owner(tmp_path, monkeypatch, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c",
          "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-         "from pathlib import Path; from support.run_folder import RunFolder; from support.distributed import World\n"
+         "from pathlib import Path; from support.run.run_folder import RunFolder; from support.learner.distributed import World\n"
          "with RunFolder(Path('runs/rarl'), World(0, 1, torch.device('cpu'))).owned(): print('mine', flush=True); input()",
          str(ROOT)],
         cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

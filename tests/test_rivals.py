@@ -12,8 +12,8 @@ import rarl
 import reward
 import train
 from support import rivals
-from support.distributed import Learner, World
-from support.settings import Settings
+from support.learner.distributed import Learner, World
+from support.run.settings import Settings
 
 CPU = World(0, 1, torch.device("cpu"))
 

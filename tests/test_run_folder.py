@@ -1,4 +1,4 @@
-"""support/run_folder.py: what lies there is never overwritten, and damage to any of it is named, never passed over."""
+"""support/run/run_folder.py: what lies there is never overwritten, and damage to any of it is named, never passed over."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ import torch
 from runs import lines, train_here
 
 import train
-from support.checkpoints import Checkpoints
-from support.distributed import World
-from support.monitor import Monitor
-from support.run_folder import RunFolder, Start
-from support.settings import Settings
+from support.learner.distributed import World
+from support.run.checkpoints import Checkpoints
+from support.run.run_folder import RunFolder, Start
+from support.run.settings import Settings
+from support.show.monitor import Monitor
 
 CPU = World(0, 1, torch.device("cpu"))
 

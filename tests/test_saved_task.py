@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import data
-from support import drawings
-from support.readers import READERS
-from support.saved_task import apply, describe, load_task, load_to_evaluate, save_task, task_to_rank_by
+from support.datasets import drawings
+from support.datasets.readers import READERS
+from support.datasets.saved_task import apply, describe, load_task, load_to_evaluate, save_task, task_to_rank_by
 
 CATS, COWS = (data.Task(f"count {name}", f"How many {name}s?", "by number", delta=4) for name in ("cat", "cow"))
 

@@ -1,4 +1,4 @@
-"""support/settings.py: what cannot work is refused by name, and a resumed run has its own settings."""
+"""support/run/settings.py: what cannot work is refused by name, and a resumed run has its own settings."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.settings import SettingError, Settings, parse_settings
+from support.run.settings import SettingError, Settings, parse_settings
 
 
 @pytest.mark.parametrize(

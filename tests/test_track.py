@@ -1,4 +1,4 @@
-"""support/track.py: what TensorBoard and Weights & Biases are told, by stand-ins for both."""
+"""support/show/track.py: what TensorBoard and Weights & Biases are told, by stand-ins for both."""
 
 import importlib.util
 import sys
@@ -8,8 +8,8 @@ import pytest
 from runs import lines, train_here
 
 import train
-from support import track
-from support.settings import Settings
+from support.run.settings import Settings
+from support.show import track
 
 SHORT = ["--steps1", "1", "--steps2", "1", "--images", "2", "--eval-samples", "1", "--watch-every", "0"]
 

@@ -11,9 +11,9 @@ import data
 import grpo
 import rarl
 import train
-from support.distributed import Learner, World, micro_batches
-from support.preflight import preflight
-from support.settings import SettingError, Settings
+from support.learner.distributed import Learner, World, micro_batches
+from support.run.preflight import preflight
+from support.run.settings import SettingError, Settings
 
 CPU = World(0, 1, torch.device("cpu"))
 

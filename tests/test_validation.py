@@ -10,10 +10,10 @@ from small_data import make_images
 import data
 import rarl
 import train
-from support.checkpoints import Best
-from support.monitor import Monitor
-from support.preflight import validation_prompts
-from support.tables import mean
+from support.run.checkpoints import Best
+from support.run.preflight import validation_prompts
+from support.show.monitor import Monitor
+from support.show.tables import mean
 
 SHORT = ["--stage", "1", "--eval-samples", "1", "--watch-every", "0"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data import Sample
-from support.curves import CurvesError, draw_curves, read_run
-from support.group_sheet import draw_group
-from support.pictures import draw_before_after
-from support.tables import finite
+from support.show.curves import CurvesError, draw_curves, read_run
+from support.show.group_sheet import draw_group
+from support.show.pictures import draw_before_after
+from support.show.tables import finite
 
 
 def watch_group(folder: Path, stage: int, step: int, batch) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError, Item, Task
-from support.atomic_files import write_text
-from support.datasets import load_splits
-from support.readers import READERS, make_task
+from support.datasets.readers import READERS, make_task
+from support.datasets.splits import load_splits
+from support.run.atomic_files import write_text
 
 FILE = "task.json"
 FIELDS = ("question", "order", "delta", "decimals")  # of a task, and what a user may change

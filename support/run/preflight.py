@@ -8,10 +8,10 @@ import torch
 
 import data
 import rarl
-from support.datasets import load_splits
-from support.distributed import World
-from support.images import unreadable
-from support.settings import SettingError, Settings
+from support.datasets.image_files import unreadable
+from support.datasets.splits import load_splits
+from support.learner.distributed import World
+from support.run.settings import SettingError, Settings
 
 
 def task_overrides(s: Settings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import data
 import reward
-from support.pictures import FAINT, FAIR, GAP, GOOD, INK, LINE, MARGIN, PAPER, PER_LINE, POOR, THUMB, write
+from support.show.pictures import FAINT, FAIR, GAP, GOOD, INK, LINE, MARGIN, PAPER, PER_LINE, POOR, THUMB, write
 
 WIDTH, ROW, TEXT = 1280, 26, 15  # pixels: the picture, a row of the table, its letters
 # Where the columns of the table end (numbers) or begin (the bar of the advantage).

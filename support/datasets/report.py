@@ -28,14 +28,14 @@ from data import (
     question_text,
     reference_answer,
 )
-from support.atomic_files import write_text
-from support.blind import best_constant
-from support.datasets import LeftOut, format_left_out, keep_openable, read_dataset
-from support.images import identical_files
-from support.pictures import write
-from support.quiet_end import abandon_broken_stdout
-from support.readers import DATASETS
-from support.tables import format_number, format_table
+from support.datasets.image_files import identical_files
+from support.datasets.readers import DATASETS
+from support.datasets.splits import LeftOut, format_left_out, keep_openable, read_dataset
+from support.run.atomic_files import write_text
+from support.run.quiet_end import abandon_broken_stdout
+from support.show.blind import best_constant
+from support.show.pictures import write
+from support.show.tables import format_number, format_table
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of the sheet
 SHOWN = 5  # examples of what is wrong; tasks whose question is printed

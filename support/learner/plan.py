@@ -23,13 +23,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 
 import data
 import rarl
-from support import lora
-from support.datasets import load_splits
-from support.drawings import DRAWN
-from support.preflight import task_overrides
-from support.readers import READERS
-from support.settings import Settings
-from support.tables import format_table
+from support.datasets.drawings import DRAWN
+from support.datasets.readers import READERS
+from support.datasets.splits import load_splits
+from support.learner import lora
+from support.run.preflight import task_overrides
+from support.run.settings import Settings
+from support.show.tables import format_table
 
 GB = 1e9
 RESERVE = 2 * GB  # of a card: CUDA's own, libraries' workspaces, gaps that the allocator leaves
@@ -75,7 +75,7 @@ class Plan:
     # What is always there
 
     def state(self) -> dict[str, float]:
-        """Weights in their roles, as support/distributed.py (Learner) holds them."""
+        """Weights in their roles, as support/learner/distributed.py (Learner) holds them."""
         s, W, base, kl = self.s, self.W, self.weights, self.s.beta > 0
         # Of all prompts of a step, in bf16 (Learner.prepare): their pixels, and what a frozen vision tower made of them.
         features = 0 if self.vision_trained else self.text.hidden_size // self.vision.spatial_merge_size**2

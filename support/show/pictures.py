@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import reward
 from data import Item, Sample
-from support.ranking import Ranking
+from support.rank import Ranking
 
 INK, FAINT, PAPER, LINE = "#1f2328", "#6e7781", "#ffffff", "#d0d7de"
 GOOD, FAIR, POOR = "#1a7f37", "#b35900", "#cf222e"

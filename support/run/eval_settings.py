@@ -8,8 +8,8 @@ from tempfile import TemporaryFile
 import torch
 
 from data import DataError
-from support.saved_task import FIELDS
-from support.settings import is_utf8
+from support.datasets.saved_task import FIELDS
+from support.run.settings import is_utf8
 
 
 def _at_least(low: int) -> Callable[[str], int]:

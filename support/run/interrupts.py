@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from support.quiet_end import abandon_broken_stdout
+from support.run.quiet_end import abandon_broken_stdout
 
 
 class Interrupted(BaseException):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import IMAGE, Item, question_text
-from support import lora
-from support.atomic_files import write_text
-from support.results import Results, results_table
-from support.settings import MACHINE, Settings, flag
+from support.learner import lora
+from support.run.atomic_files import write_text
+from support.run.settings import MACHINE, Settings, flag
+from support.show.results import Results, results_table
 
 BLIND_VALUE, BLIND_ORDER = "best constant by MAE", "prompt order"  # rows of eval.blind_rows
 

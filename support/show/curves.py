@@ -1,7 +1,7 @@
 """What training did, as curves: reward and its parts for each number of images, validation, entropy, KL, where time goes.
 
-    python -m support.curves runs/rarl                         # writes runs/rarl/curves.png, as training does
-    python -m support.curves runs/a runs/b --out both.png      # several runs in one picture
+    python -m support.show.curves runs/rarl                         # writes runs/rarl/curves.png, as training does
+    python -m support.show.curves runs/a runs/b --out both.png      # several runs in one picture
 
 It reads metrics.jsonl, timing.jsonl and validation.jsonl. matplotlib draws.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.tables import mean
+from support.show.tables import mean
 
 SHARE, FROM_0 = (-0.03, 1.03), (0, None)  # limits of the y axis
 # kind, metric, title, limits. Sampled answers and validation are drawn for each number of images apart.

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from support.tables import format_number, format_table
+from support.show.tables import format_number, format_table
 
 Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize, and the `remarks`
 

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from support.settings import SettingError, Settings
+from support.run.settings import SettingError, Settings
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # --track: the package
 

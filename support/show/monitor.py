@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.distributed import World
-from support.settings import SettingError, Settings
-from support.tables import finite, mean
-from support.track import start_tracker
-from support.watch import watch_curves, watch_group
+from support.learner.distributed import World
+from support.run.settings import SettingError, Settings
+from support.show.tables import finite, mean
+from support.show.track import start_tracker
+from support.show.watch import watch_curves, watch_group
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics of one step

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError, Task, format_value
-from support.drawings import DRAWN
-from support.images import ENDINGS
+from support.datasets.drawings import DRAWN
+from support.datasets.image_files import ENDINGS
 
 
 class Row(NamedTuple):

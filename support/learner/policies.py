@@ -1,12 +1,12 @@
-"""Where policies come from: a folder with whole weights, or one with a LoRA adapter (support/lora.py) and its base."""
+"""Where policies come from: a folder with whole weights, or one with a LoRA adapter (support/learner/lora.py) and its base."""
 
 from pathlib import Path
 
 import torch
 
 import rarl
-from support import lora
-from support.settings import SettingError, Settings
+from support.learner import lora
+from support.run.settings import SettingError, Settings
 
 
 def load_any(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> rarl.Policy:
@@ -37,7 +37,7 @@ def load_start(path: str | Path, s: Settings, device: torch.device, read: bool =
     """The policy that a stage begins with, with the settings that concern it. Not yet on the device.
 
     Of several processes the main one alone reads the weights. The others get theirs from it, when they know which they
-    need (support/distributed.py), and have a policy on the device "meta" until then (read=False).
+    need (support/learner/distributed.py), and have a policy on the device "meta" until then (read=False).
 
     With LoRA: a base with new adapters, or an adapter that goes on. Without: an adapter is merged into its base.
     """

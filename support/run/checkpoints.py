@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 import rarl
 import rmo
-from support.atomic_files import replace_folder, write_text
-from support.distributed import Learner, World
-from support.settings import SettingError, comparable
+from support.learner.distributed import Learner, World
+from support.run.atomic_files import replace_folder, write_text
+from support.run.settings import SettingError, comparable
 
 
 def write_checksums(folder: Path) -> None:

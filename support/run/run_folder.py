@@ -30,13 +30,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 import rarl
-from support.atomic_files import replace_folder, write_text
-from support.checkpoints import WRITTEN, Checkpoints, write_checksums
-from support.distributed import Learner, World
-from support.policies import load_merged
-from support.results import Results, results_table
-from support.settings import SettingError, Settings, comparable
-from support.tables import finite
+from support.learner.distributed import Learner, World
+from support.learner.policies import load_merged
+from support.run.atomic_files import replace_folder, write_text
+from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
+from support.run.settings import SettingError, Settings, comparable
+from support.show.results import Results, results_table
+from support.show.tables import finite
 
 
 @dataclass(frozen=True)

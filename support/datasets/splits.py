@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError, Item, Task
-from support.drawings import DRAWN, load_drawn
-from support.images import open_image, unreadable
-from support.readers import DATASETS, MAX_LABEL, READERS, SPLITS, Row, hash_split, make_task, read_text
+from support.datasets.drawings import DRAWN, load_drawn
+from support.datasets.image_files import open_image, unreadable
+from support.datasets.readers import DATASETS, MAX_LABEL, READERS, SPLITS, Row, hash_split, make_task, read_text
 
 LISTS = {  # the second ones are AVA's own
     "train": ("train.txt", "aesthetics_image_lists/generic_ls_train.jpgl"),

@@ -3,7 +3,7 @@
 Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
 decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
 decoding. The main rank alone reads the model; the others get it layer by layer (`spread`). With LoRA nothing is sharded:
-each rank needs the whole base to decode, and adapters are small. This file and support/policies.py are where the compute
+each rank needs the whole base to decode, and adapters are small. This file and support/learner/policies.py are where the compute
 dtype is named: bf16 on a GPU, float32 on a CPU.
 """
 
@@ -22,10 +22,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import rarl
-from support import lora
-from support.clock import Clock
-from support.offload import HostAdamW
-from support.settings import SettingError, Settings
+from support.learner import lora
+from support.learner.offload import HostAdamW
+from support.run.settings import SettingError, Settings
+from support.show.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Learner:
                     per token. On one CPU process it is the policy itself.
     reference       the policy as the stage began, frozen; None if beta is 0
 
-    With LoRA (support/lora.py) all three are one module with one copy of the base's weights, frozen and in bf16 on a GPU.
+    With LoRA (support/learner/lora.py) all three are one module with one copy of the base's weights, frozen and in bf16 on a GPU.
     policy and rollout_policy have the adapters on, the reference has them off. If the stage began with an adapter (stage 2
     goes on with that of stage 1), the reference has a frozen copy of that one in their place: a few MB, and exact, which
     merging it into bf16 weights would not be.

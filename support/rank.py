@@ -24,7 +24,7 @@ import numpy as np
 
 import reward
 from data import DataError, Item, Sample, Task
-from support.images import ENDINGS, open_image, unreadable
+from support.datasets.image_files import ENDINGS, open_image, unreadable
 
 Ask = Callable[[list[Sample]], list[str]]  # prompts -> the texts that a policy answers
 
