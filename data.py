@@ -7,27 +7,29 @@ What is here, in the order in which a training step uses it:
     Sampler   which samples make up step s: a pure function of (seed, s), so its whole state is the step's number
     Prompt    what the policy reads: token ids, image patches and the grid of each image
 
-and the data sets: `dots` and `dials` (drawn from a seed, nothing to download), those of the paper, `utkface` (age),
-`coco` (counts; COCO-ReM too) and `ava` (aesthetics), and your own images as `csv`, `jsonl` or `folder`.
+Items come from `support.datasets.load_dataset`: drawn ones, those of the paper, and your own images.
 
     python data.py utkface ROOT       # look before you train: counts, labels, splits, what is wrong, a sheet of samples
 
 Choices of ours, as the summaries of the paper do not state them: the wording of the prompts, the tolerances delta, and the splits of data
-sets that bring none. All are settings: of a Task, or list files beside the images (see `choose_split`).
+sets that bring none. All are settings: of a Task, or list files beside the images.
 
 Shapes: P prompt tokens, n images, S patches of all images of a prompt (4 patches of 14 x 14 pixels make one token).
 """
 
 import math
 import random
+import runpy
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below is one line
-    import support.run.quiet_end  # noqa: F401
+if __name__ == "__main__":  # `python data.py NAME ROOT`. By its name: nothing here imports another file of the project.
+    runpy.run_module("support.datasets", run_name="__main__", alter_sys=True)
+    sys.exit()  # it imports this file anew; here, above the slow imports, Ctrl-C is one line
 
 import numpy as np
 import torch
@@ -117,7 +119,7 @@ def draw_sample(
     Two equal labels make no comparable pair, so they teach nothing about order. A task is drawn in proportion to its
     items, among those that have n at all and, for n > 1, two different labels; only where no task has, another.
 
-    weights  of each task, the cumulative weights of its items (see `even_weights`); None draws all items alike
+    weights  of each task, the cumulative weights of its items; None draws all items alike
     """
     tasks = [task for task, items in pools.items() if len(items) >= num_images]
     if num_images > 1:
@@ -145,24 +147,6 @@ def draw_sample(
 
 def _labels_differ(items: list[Item]) -> bool:
     return any(item.label != items[0].label for item in items)
-
-
-def even_weights(labels: list[float], delta: float, most: float = 4.0) -> list[float]:
-    """Weights (mean about 1) that draw rare labels more often, so that no single answer does well everywhere.
-
-    Saying the same number y of every image earns R_reg(y) = mean_i max(0, 1 - (y - y_i)^2 / delta^2), which is highest
-    where labels are dense: with skewed labels, near the mode. There it may earn as much as a policy that looks. An item
-    is drawn in inverse proportion to what its label would earn so, at most `most` times as often as on average: a few
-    rare images repeated all the time would be learned by heart.
-    """
-    numbers, place = np.unique(np.asarray(labels, dtype=np.float64), return_inverse=True)
-    if len(numbers) > 1000:  # bins suffice
-        edges = np.linspace(numbers[0], numbers[-1], 1001)
-        numbers, place = (edges[1:] + edges[:-1]) / 2, np.minimum(np.searchsorted(edges, labels, "right") - 1, 999)
-    share = np.bincount(place, minlength=len(numbers)) / len(place)
-    earned = np.maximum(0, 1 - ((numbers[:, None] - numbers) / delta) ** 2) @ share
-    weights = 1 / np.maximum(earned, 1 / len(place))  # an empty bin earns nothing, and no item is in it
-    return np.minimum(weights / (share @ weights), most)[place].tolist()
 
 
 def make_pools(items: list[Item], num_images: int, what: str = "--images") -> dict[Task, list[Item]]:
@@ -199,23 +183,18 @@ class Sampler:
 
     images   numbers of images in a prompt; each step draws one of them for all its prompts, so that the prompts of a
              step have similar lengths (little padding) while all numbers take turns
-    balance  draw labels evenly (`even_weights`). None: where the items come from files. Labels of real data are skewed,
-             and then the best constant answer earns about as much as a good policy, so that training finds the
-             constant: on dots whose labels are geometric, 0.71 against 0.77 of R_reg; drawn evenly, 0.42 against 0.77.
-             A smaller delta helps too, but the mode stays the best constant. The drawn sets are even already.
+    weights  by task, how often to draw each of its items, in the order of `items`; None draws all alike
     """
 
     def __init__(
-        self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int, balance: bool | None = None
-    ):
+        self, items: list[Item], images: tuple[int, ...], batch_size: int, seed: int,
+        weights: dict[Task, list[float]] | None = None,
+    ):  # fmt: skip
         if not items:
             raise DataError("the training split is empty: check --data-root")
         self.items, self.images, self.batch_size, self.seed = items, images, batch_size, seed
         self.pools = make_pools(items, max(images))
-        self.weights: dict[Task, list[float]] | None = None
-        if any(item.path for item in items) if balance is None else balance:
-            weigh = lambda task, pool: even_weights([item.label for item in pool], task.delta)
-            self.weights = {task: list(accumulate(weigh(task, pool))) for task, pool in self.pools.items()}
+        self.weights = weights and {task: list(accumulate(some)) for task, some in weights.items()}
 
     def batch(self, step: int, attempt: int = 0) -> list[Sample]:
         """The `batch_size` samples of step `step` (0, 1, ...). With `attempt`: as many, drawn anew, with as many images."""
@@ -359,47 +338,3 @@ def max_answer_tokens(policy, samples: list[Sample], slack: int = 16) -> int:
     """Tokens an answer may take: the longest reference answer and its EOS, and some slack for clumsier ones."""
     references = [reference_answer(sample) for sample in samples]
     return max(len(ids) for ids in policy.tokenizer(references)["input_ids"]) + 1 + slack
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The doors to all data sets. What reads them lies in support/, and is imported only when a door is opened: the rest of
-# this file needs none of it and can be copied alone.
-
-
-def load_dataset(
-    name: str, root: str | Path | None = None, split: str = "train", task_overrides: dict | None = None,
-    skip_bad: bool = False,
-) -> list[Item]:  # fmt: skip
-    """The items of one split.
-
-    name            dots | dials | utkface | coco | ava | csv | jsonl | folder
-    root            the data set's folder, or the file for csv, jsonl and coco (not needed for the drawn ones)
-    split           train | val | test, see `support.datasets.splits.choose_split`
-    task_overrides  {"question": ..., "order": ..., "delta": ..., "decimals": ...}; None or absent: the data set's own
-    skip_bad        leave out and count what cannot be used, rather than raise. It opens every image of the split
-                    beforehand, which takes minutes for a large data set
-    Raises DataError when the name is unknown, the folder is not that data set, a row is unusable (the message names its
-    file and line), an image file is missing, or the split is empty. Images are opened later, when they are needed.
-    """
-    return load_splits(name, root, (split,), task_overrides, skip_bad)[0]
-
-
-def load_splits(
-    name: str, root: str | Path | None, splits: tuple[str, ...], task_overrides: dict | None = None,
-    skip_bad: bool = False,
-) -> list[list[Item]]:  # fmt: skip
-    """The items of several splits, with the data set's files read once; see `load_dataset`."""
-    from support.datasets import splits as datasets
-
-    return datasets.load_splits(name, root, splits, task_overrides, skip_bad)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Look at a data set before you train on it; see support/datasets/report.py."""
-    from support.datasets import report as data_report
-
-    data_report.main(argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -51,6 +51,7 @@ import rarl
 import reward
 import rmo
 from support import rivals
+from support.datasets.balance import task_weights
 from support.datasets.loader import load_steps
 from support.datasets.saved_task import save_task
 from support.learner.distributed import Learner, micro_batches_on_all_ranks, start_world
@@ -257,7 +258,8 @@ def make_stage(
     """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
     steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
     weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
-    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), None if s.balance else False)
+    weights_of_items = task_weights(items) if s.balance else None
+    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), weights_of_items)
     every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
     tries = range(s.resample + 1)
     samples = [sample for step in every_step for attempt in tries for sample in sampler.batch(step, attempt)]

@@ -26,6 +26,7 @@ import data
 import rarl
 from experiments.commands import CommandError, check_writable, run_command
 from experiments.runs import ROOT, Trainer, plan
+from support.datasets import load_dataset
 from support.run.atomic_files import replace_folder
 from support.run.checkpoints import checksum
 from support.show.tables import format_table
@@ -46,7 +47,7 @@ def make_base(tiny: Path, most_steps: int = 300) -> Path:
     policy = rarl.load_policy(tiny)
     policy.model.model.visual.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-4)
-    sampler = data.Sampler(data.load_dataset("dots"), (1,), batch_size=16, seed=0)
+    sampler = data.Sampler(load_dataset("dots"), (1,), batch_size=16, seed=0)
     (prose,) = rarl.encode(policy, [PROSE])  # (T,)
     for step in range(most_steps):
         prompts = data.make_prompts(policy, sampler.batch(step))

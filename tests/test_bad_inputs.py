@@ -11,6 +11,7 @@ import pytest
 from small_data import make_images, write_table
 
 import data
+from support.datasets import load_dataset, report
 from support.datasets import splits as datasets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def in_time():
 def look(kind, root, *more):
     """What `python data.py` says when it refuses."""
     with pytest.raises(SystemExit) as end:
-        data.main([kind, str(root), "--out", str(root / "sheet.png"), *more])
+        report.main([kind, str(root), "--out", str(root / "sheet.png"), *more])
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
     return end.value.code
 
@@ -134,7 +135,7 @@ def test_bad_roots(tmp_path, root, said):
     os.mkfifo(tmp_path / "pipe")
     for kind in ("csv", "folder", "coco"):
         with pytest.raises(data.DataError, match=said):
-            data.load_dataset(kind, tmp_path / root)
+            load_dataset(kind, tmp_path / root)
 
 
 def test_links_that_go_round_are_followed_once(tmp_path):

@@ -12,6 +12,7 @@ import grpo
 import rarl
 import reward
 import train
+from support.datasets import load_dataset
 from support.learner.distributed import Learner, World, micro_batches
 from support.run.settings import Settings
 
@@ -31,7 +32,7 @@ def make_stage(items, number=2, weights=(1, 1, 1), images=(2,)):
 
 @pytest.fixture(scope="module")
 def items():
-    return data.load_dataset("dots")
+    return load_dataset("dots")
 
 
 def collect(learner, stage, step=0, history=None, samples=None):

@@ -1,9 +1,6 @@
 """Items, samples, prompts: what the policy is shown must be what the label is about, and nothing of the test set."""
 
-import dataclasses
 import os
-import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import reward
-from support.datasets import drawings
+from support.datasets import drawings, load_dataset
 
 
 class Processor(Qwen2_5_VLProcessor):
@@ -54,7 +51,7 @@ def test_too_long_images_are_refused():
 
 
 def test_prompt_equals_transformers_processor_token_for_token(policy):
-    items = data.load_dataset("dials", None, "test")
+    items = load_dataset("dials", None, "test")
     wide = data.Item("wide", 3, drawings.DIALS, lambda: noise_image(150, 90))
     for tokenizer in tokenizers(policy):
         processor = Processor(policy.image_processor, tokenizer, None, tokenizer.chat_template)
@@ -73,7 +70,7 @@ def test_prompt_equals_transformers_processor_token_for_token(policy):
 
 
 def test_chat_text_is_what_a_template_for_images_writes(policy):
-    sample = data.Sample(tuple(data.load_dataset("dots", None, "val")[:2]))
+    sample = data.Sample(tuple(load_dataset("dots", None, "val")[:2]))
     parts = [
         p
         for i in (1, 2)
@@ -87,7 +84,7 @@ def test_chat_text_is_what_a_template_for_images_writes(policy):
 
 
 def test_prompt_reads_as_intended(policy):
-    sample = data.Sample(tuple(data.load_dataset("dots", None, "val")[:2]))
+    sample = data.Sample(tuple(load_dataset("dots", None, "val")[:2]))
     image = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>"
     assert policy.tokenizer.decode(data.make_prompts(policy, [sample])[0].ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -116,7 +113,7 @@ def test_reference_answer_by_hand():
 
 
 def test_reference_answers_earn_full_marks():
-    items = data.load_dataset("dots", None, "train") + data.load_dataset("dials", None, "train")
+    items = load_dataset("dots", None, "train") + load_dataset("dials", None, "train")
     for n in (1, 2, 4, 8):
         for sample in data.make_samples(items, n, 200):
             got = reward.compute_reward(data.reference_answer(sample), sample.labels, sample.task.delta)
@@ -124,7 +121,7 @@ def test_reference_answers_earn_full_marks():
 
 
 def test_samples_have_different_labels_one_task_and_no_item_twice():
-    items = data.load_dataset("dots", None, "train") + data.load_dataset("dials", None, "train")
+    items = load_dataset("dots", None, "train") + load_dataset("dials", None, "train")
     for sample in data.make_samples(items, 8, 300):
         assert len({i.task for i in sample.items}) == 1
         assert len({i.name for i in sample.items}) == len(set(sample.labels)) == 8
@@ -149,13 +146,13 @@ def test_prompts_without_a_comparable_pair_are_drawn_only_where_no_other_can_be(
 
 def test_position_in_the_prompt_says_nothing_about_the_label():
     # Mean label at each place within 5 standard errors of the overall mean.
-    samples = data.make_samples(data.load_dataset("dots", None, "train"), 4, 2000)
+    samples = data.make_samples(load_dataset("dots", None, "train"), 4, 2000)
     labels = np.array([s.labels for s in samples])
     assert (abs(labels.mean(0) - labels.mean()) < 5 * labels.std() / 2000**0.5).all()
 
 
 def test_sampler_is_a_pure_function_of_the_step():
-    items = data.load_dataset("dots", None, "train")
+    items = load_dataset("dots", None, "train")
     sampler, again = (data.Sampler(items, (2, 4, 8), 6, seed=3) for _ in range(2))
     forwards = [sampler.batch(step) for step in range(7)]
     assert [again.batch(step) for step in reversed(range(7))] == forwards[::-1]
@@ -165,7 +162,7 @@ def test_sampler_is_a_pure_function_of_the_step():
 
 
 def test_another_attempt_draws_other_samples_of_as_many_images():
-    items = data.load_dataset("dots", None, "train")
+    items = load_dataset("dots", None, "train")
     for images in ((1,), (2, 4)):
         sampler = data.Sampler(items, images, 6, seed=3)
         tries = [sampler.batch(1, attempt) for attempt in (0, 1, 2)]
@@ -181,53 +178,6 @@ def test_one_image_sampler_goes_through_epochs():
     for epoch in range(3):
         assert sorted(names[10 * epoch : 10 * epoch + 10]) == sorted(i.name for i in items)
     assert names[:10] != names[10:20]
-
-
-def geometric_items(number):
-    """Labels 1, 2, ... of which 60 % are 1 to 3, as counts of things in photographs are."""
-    rng = random.Random(0)
-    return [item(str(i), min(20, 1 + int(rng.expovariate(0.305)))) for i in range(number)]
-
-
-def test_even_weights_by_hand():
-    """Labels 1, 1, 1, 9 at delta 4: saying 1 earns 3/4, saying 9 earns 1/4. 1 / that is 4/3, 4/3, 4/3, 4, whose mean is 2."""
-    assert data.even_weights([1, 9, 1, 1], delta=4) == pytest.approx([2 / 3, 2, 2 / 3, 2 / 3])
-    # 1 and 3 at delta 4 earn for each other 1 - (2 / 4)^2 = 3/4: both earn (1 + 3/4) / 2, so they weigh the same.
-    assert data.even_weights([1, 3], delta=4) == pytest.approx([1, 1])
-    assert max(data.even_weights([*[1] * 999, 9], delta=4)) == 4  # at most 4 times as often as on average
-    # More labels than bins: as with few, within a bin's width.
-    labels = np.random.default_rng(0).gamma(2, 3, 3000)
-    few = dict(zip(labels.round(1), data.even_weights(labels.round(1), delta=2), strict=True))
-    many = data.even_weights(labels, delta=2)
-    assert many == pytest.approx([few[label] for label in labels.round(1)], rel=0.1)
-
-
-def test_drawing_evenly_takes_the_reward_from_the_best_constant():
-    """Weighted by hand: what the best constant earns among the drawn labels, and that no item is drawn all the time."""
-    items = geometric_items(3000)
-    earned = {}
-    for balance in (False, True):
-        sampler = data.Sampler(items, (1,), 64, seed=0, balance=balance)
-        drawn = [s.items[0] for step in range(60) for s in sampler.batch(step)]
-        labels = np.array([i.label for i in drawn])
-        earned[balance] = max(np.maximum(0, 1 - ((value - labels) / 4) ** 2).mean() for value in range(1, 21))
-        assert max(Counter(i.name for i in drawn).values()) <= 20  # 3840 draws of 3000 items, 4 times the average
-    assert earned[False] > 0.65 and earned[True] < 0.5
-
-
-def test_items_of_files_are_drawn_evenly_and_purely(tmp_path):
-    items = [dataclasses.replace(i, path=tmp_path / i.name) for i in geometric_items(300)]
-    for images in ((1,), (2, 8)):
-        sampler, again = (data.Sampler(items, images, 6, seed=3) for _ in range(2))
-        even, plain = (data.Sampler(items, images, 6, seed=3, balance=b) for b in (True, False))
-        batches = [sampler.batch(step) for step in range(5)]
-        assert [again.batch(step) for step in reversed(range(5))] == batches[::-1]
-        assert [even.batch(step) for step in range(5)] == batches != [plain.batch(step) for step in range(5)]
-        for sample in (s for batch in batches for s in batch):
-            assert len({i.name for i in sample.items}) == len(set(sample.labels)) == len(sample.items)
-    # All 8 items of a task, some of which are hardly ever drawn.
-    few = [item(str(i), 1) for i in range(7)] + [item("7", 2)]
-    assert {len({i.name for i in s.items}) for s in data.Sampler(few, (8,), 200, 0, balance=True).batch(0)} == {8}
 
 
 def test_too_few_images_names_the_setting():

@@ -21,7 +21,7 @@ def test_inspection_says_it_all(tmp_path, capsys):
     (tmp_path / names[0]).write_text("no image")
     (tmp_path / "test.txt").write_text(names[4])
     (tmp_path / "val.txt").write_text(names[1])
-    data.main(["utkface", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--question", "Wie alt, 歳?"])
+    data_report.main(["utkface", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--question", "Wie alt, 歳?"])
     text = capsys.readouterr().out
     for expected in (
         "4 labels",
@@ -40,11 +40,11 @@ def test_inspection_says_it_all(tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 800
     assert f"all of them are in {tmp_path / 'left_out.txt'}" in text
     assert "Wie alt, 歳? Reply with JSON only" in text
-    data.main(["dials", "--out", str(tmp_path / "dials.png")])
+    data_report.main(["dials", "--out", str(tmp_path / "dials.png")])
     assert "splits      train 2048, val 256, test 512" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"data\.py: .*holds no usable image"):
         (tmp_path / "empty").mkdir()
-        data.main(["utkface", str(tmp_path / "empty")])
+        data_report.main(["utkface", str(tmp_path / "empty")])
 
 
 def test_histogram_by_hand():
@@ -55,7 +55,7 @@ def test_histogram_by_hand():
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(data_report) == (0, 2)
+    assert doctest.testmod(data_report) == (0, 3)
 
 
 def test_constants_in_the_report_earn_what_they_would(tmp_path, capsys):
@@ -66,15 +66,15 @@ def test_constants_in_the_report_earn_what_they_would(tmp_path, capsys):
     labels = {"a": 1, "b": 1, "c": 1, "d": 5, "e": 9}
     rows = [{"path": f"{name}.png", "label": label, "split": "train"} for name, label in labels.items()]
     make_images(write_table(tmp_path, "csv", [*rows, {"path": "f.png", "label": 1, "split": "val"}]), [f"{n}.png" for n in "abcdef"])  # fmt: skip
-    data.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    data_report.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
     text = capsys.readouterr().out
     line = next(line.split() for line in text.splitlines() if line.startswith("rating"))
     assert line == ["rating", "6", "1", "9", "2", "1", "0.60", "2.40", "1", "0.60", "2.40", "30", "%", "0", "%", "-"]
     assert "nearly as much as a good policy: rating 1." in text  # 0.6 > 0.75 * 0.77
     assert "of the train split" in text
-    data.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--delta", "1"])
+    data_report.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--delta", "1"])
     assert "nearly as much" in capsys.readouterr().out  # 3 of 5 are exactly 1
-    data.main(["dots", "--out", str(tmp_path / "sheet.png")])
+    data_report.main(["dots", "--out", str(tmp_path / "sheet.png")])
     assert "nearly as much" not in capsys.readouterr().out
 
 
@@ -89,13 +89,13 @@ def test_share_without_pair_against_drawing():
 def test_all_that_is_left_out_is_in_the_file(tmp_path, capsys):
     root, out = tmp_path / "set", tmp_path / "sheet.png"
     make_images(root, [f"{i}/a.png" for i in range(3)] + [f"odd{i}/b.png" for i in range(20)])
-    data.main(["folder", str(root), "--out", str(out)])
+    data_report.main(["folder", str(root), "--out", str(out)])
     text = (out.parent / "left_out.txt").read_text()
     assert all(f"odd{i}/b.png" in text for i in range(20)) and text.startswith("20\n  20 x the label is not")
     assert "and 17 more" in capsys.readouterr().out
     for i in range(20):
         (root / f"odd{i}/b.png").unlink()
-    data.main(["folder", str(root), "--out", str(out)])  # mended: the old list must not stay
+    data_report.main(["folder", str(root), "--out", str(out)])  # mended: the old list must not stay
     assert (out.parent / "left_out.txt").read_text() == "0\n"
 
 
@@ -109,7 +109,7 @@ def test_identical_files_with_different_labels_come_first(tmp_path, capsys):
     ):
         (tmp_path / copy).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
-    data.main(["folder", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    data_report.main(["folder", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
     text = capsys.readouterr().out
     first, second = text.index("2 files with different labels"), text.index("2 files in more than one split")
     assert f"a.png (1) = train {tmp_path / 'train/2/b.png'} (2)" in text[first:second]
@@ -133,12 +133,12 @@ def test_where_the_sheet_cannot_be_written_is_said_at_once(tmp_path, out, said, 
     (tmp_path / "dir.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(SystemExit, match=rf"data\.py: --out .*{said}"):
-        data.main(["dots", "--out", str(tmp_path / out)])
+        data_report.main(["dots", "--out", str(tmp_path / out)])
     assert capsys.readouterr().out == ""
 
 
 def test_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(data_report, "read_dataset", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as end:
-        data.main(["dots"])
+        data_report.main(["dots"])
     assert end.value.code == 130 and capsys.readouterr().err.endswith("data.py: interrupted\n")

@@ -6,7 +6,7 @@ import pytest
 from small_data import TABLE, everything, make_images, write_table
 
 import data
-from support.datasets import readers
+from support.datasets import load_dataset, load_splits, readers
 from support.datasets import splits as datasets
 
 
@@ -24,16 +24,16 @@ def test_own_question_order_delta_decimals(tmp_path):
     root = write_table(tmp_path, "csv", TABLE)
     make_images(root, {row["path"]: 0 for row in TABLE})
     overrides = {"question": "How {group} is it, up to {high}?", "order": "by {group}", "delta": 3.0, "decimals": 2}
-    items = data.load_dataset("csv", root, "train", overrides)
+    items = load_dataset("csv", root, "train", overrides)
     assert items[0].task == data.Task("rating sharp", "How sharp is it, up to 5.00?", "by sharp", 3.0, 2)
     # The same question for all: the groups still stand apart.
-    items = data.load_dataset("csv", root, "train", {"question": "How good?", "order": None, "delta": 1, "decimals": 0})
+    items = load_dataset("csv", root, "train", {"question": "How good?", "order": None, "delta": 1, "decimals": 0})
     assert items[0].task.question == items[1].task.question and items[0].task != items[1].task
-    assert data.load_dataset("dots", None, "val", {"delta": 2.0})[0].task.delta == 2
+    assert load_dataset("dots", None, "val", {"delta": 2.0})[0].task.delta == 2
     for wrong, text in (({"delta": 0}, "--delta 0"), ({"delta": float("nan")}, "--delta nan"), ({"decimals": -1}, "--decimals"),
                         ({"question": " "}, "must not be empty"), ({"dleta": 1}, "dleta")):  # fmt: skip
         with pytest.raises(data.DataError, match=text):
-            data.load_dataset("dots", None, "val", wrong)
+            load_dataset("dots", None, "val", wrong)
     write_table(root, "csv", [{"path": "d.jpg", "label": 2}])
     with pytest.raises(data.DataError, match="all labels are 2, so delta is unknown: set --delta"):
         datasets.read_dataset("csv", root)
@@ -95,15 +95,15 @@ def test_bad_rows_are_named_or_left_out_and_counted(tmp_path, kind):
             datasets.read_dataset(kind, root)
     else:
         with pytest.raises(data.DataError, match="is empty"):
-            data.load_dataset(kind, root)
+            load_dataset(kind, root)
 
 
 @pytest.mark.parametrize("name", ["utkface", "coco", "ava", "csv", "jsonl", "folder"])
 def test_empty_folders_are_refused(tmp_path, name):
     with pytest.raises(data.DataError, match=str(tmp_path)):
-        data.load_dataset(name, tmp_path)
+        load_dataset(name, tmp_path)
     with pytest.raises(data.DataError, match="is not a folder"):
-        data.load_dataset(name, tmp_path / "gone")
+        load_dataset(name, tmp_path / "gone")
 
 
 def test_adding_images_moves_none_between_splits(tmp_path):
@@ -121,11 +121,11 @@ def test_adding_images_moves_none_between_splits(tmp_path):
 def test_skip_bad_opens_every_image_and_counts(tmp_path, capsys):
     make_images(tmp_path, [f"train/{i}/a.jpg" for i in range(4)] + ["test/1/a.jpg"])
     (tmp_path / "train/2/a.jpg").write_bytes((tmp_path / "train/2/a.jpg").read_bytes()[:200])
-    items = data.load_dataset("folder", tmp_path)  # files are there, nothing is opened
+    items = load_dataset("folder", tmp_path)  # files are there, nothing is opened
     assert len(items) == 4
     with pytest.raises(data.DataError, match="2/a.jpg cannot be read"):
         [i.image() for i in items]
-    train, test = data.load_splits("folder", tmp_path, ("train", "test"), skip_bad=True)
+    train, test = load_splits("folder", tmp_path, ("train", "test"), skip_bad=True)
     assert [i.label for i in train] == [0, 1, 3] and len(test) == 1
     assert "left out 1\n  1 x image cannot be used" in capsys.readouterr().err
-    assert [i.label for i in data.load_dataset("folder", tmp_path, "train", skip_bad=True)] == [0, 1, 3]
+    assert [i.label for i in load_dataset("folder", tmp_path, "train", skip_bad=True)] == [0, 1, 3]

@@ -6,8 +6,7 @@ import random
 import numpy as np
 import pytest
 
-import data
-from support.datasets import drawings
+from support.datasets import drawings, load_dataset
 
 
 @pytest.mark.parametrize("name", ["dots", "dials"])
@@ -15,7 +14,7 @@ def test_splits_share_no_image_and_labels_are_the_drawings(name):
     draw = {"dots": drawings.draw_dots, "dials": drawings.draw_dials}[name]
     hashes = {}
     for split in ("train", "val", "test"):
-        items = data.load_dataset(name, None, split)
+        items = load_dataset(name, None, split)
         hashes[split] = [hashlib.sha256(i.image().tobytes()).digest() for i in items[:300]]
         assert len(set(hashes[split])) == len(hashes[split])
         assert all(draw(random.Random(i.name))[1] == i.label for i in items[:300])

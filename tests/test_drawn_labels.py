@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import data
 from experiments import drawn_labels
 from experiments.commands import CommandError
+from support.datasets import load_dataset
 from support.datasets.drawings import DRAWN_SIZE, load_drawn
 
 
@@ -21,7 +21,7 @@ def test_only_training_labels_are_noisy_and_the_drawings_are_those_of_dots(tmp_p
     folder = tmp_path / "dots-noise-8"
     drawn_labels.command([str(folder)])
     for split in ("train", "val", "test"):
-        ours = data.load_dataset("csv", folder, split, {"delta": 4})
+        ours = load_dataset("csv", folder, split, {"delta": 4})
         theirs = load_drawn("dots", split)[: len(ours)]
         assert len(ours) == drawn_labels.DRAWN_SIZE[split] and ours[0].task.decimals == 0
         for a, b in zip(ours, theirs, strict=True):

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import rarl
+from support.datasets import load_dataset
 from support.datasets.saved_task import save_task
 from support.run.checkpoints import write_checksums
 
@@ -43,7 +44,7 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
         def __missing__(self, name):
             return answer((1, items[name]))
 
-    items = {item.name: item.label for item in data.load_dataset("dots", None, "test")}
+    items = {item.name: item.label for item in load_dataset("dots", None, "test")}
     policy.said = Knows()
     monkeypatch.setattr(rarl, "load_policy", lambda path, device, dtype: policy)
     arguments = f"--model some/hub-id --data dots --images 1 2 --samples 3 --device cpu --out {tmp_path}/new/out"
@@ -289,7 +290,7 @@ def test_a_policy_is_asked_what_it_was_trained_on(ranker, folder, tmp_path, monk
     ranker.say = lambda names: answer(*((i, 3) for i in range(1, len(names) + 1)))
     monkeypatch.setattr(rarl, "load_policy", lambda path, device, dtype: ranker)
     shown = asked(monkeypatch)
-    items = data.load_dataset("dots", None, "train", {"question": "Count the dots!", "delta": 2.5})
+    items = load_dataset("dots", None, "train", {"question": "Count the dots!", "delta": 2.5})
     save_task(tmp_path, "dots", items, {"question": "Count the dots!", "delta": 2.5}, None, False)
 
     def run(*more):
@@ -342,7 +343,7 @@ def test_images_are_shrunk_as_asked(policy, tmp_path, monkeypatch):
     arguments = f"--model {tmp_path} --data dots --images 1 --samples 1 --device cpu --out {tmp_path}/out".split()
     evaluation.main(arguments)
     assert policy.image_processor.size == {"shortest_edge": 5, "longest_edge": 6}
-    save_task(tmp_path, "dots", data.load_dataset("dots"), {}, 7840, False)
+    save_task(tmp_path, "dots", load_dataset("dots"), {}, 7840, False)
     evaluation.main(arguments)
     assert policy.image_processor.size == {"shortest_edge": 3136, "longest_edge": 7840}
     evaluation.main([*arguments, "--max-pixels", "3920"])

@@ -19,6 +19,7 @@ import eval as evaluation
 import rarl
 import train
 from experiments import usual_way
+from support.datasets import load_dataset
 from support.learner import lora
 from support.learner.distributed import Learner, World
 from support.learner.policies import load_any, load_merged, load_start
@@ -48,7 +49,7 @@ def adapted(folder, rank=4, alpha=8.0, targets="language+vision", moved=True, dt
 
 @pytest.fixture(scope="module")
 def prompts(policy):
-    items = data.load_dataset("dots", None, "test")
+    items = load_dataset("dots", None, "test")
     return data.make_prompts(policy, [s for n in (1, 3) for s in data.make_samples(items, n, 1)])
 
 
@@ -260,7 +261,7 @@ def test_adapter_and_merged_weights_answer_alike(lora_run, tmp_path):
         evaluation.main(f"--model {lora_run / folder} --data dots --images 2 --samples 4 --out {tmp_path}".split())
         said.append((tmp_path / "predictions.jsonl").read_text())
     assert said[0] == said[1]
-    images = [item.image() for item in data.load_dataset("dots", None, "test")[:3]]
+    images = [item.image() for item in load_dataset("dots", None, "test")[:3]]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     shown = [str(tmp_path / f"{number}.png") for number in range(3)]

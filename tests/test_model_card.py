@@ -14,6 +14,7 @@ from runs import ROOT
 import data
 import eval as evaluation
 import rarl
+from support.datasets import load_dataset
 from support.learner import lora
 from support.run.settings import Settings
 from support.show.model_card import what_was_learned, write_model_card
@@ -42,7 +43,7 @@ def test_sentences_by_hand():
 
 
 def test_card_says_task_results_and_settings(tmp_path):
-    write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), data.load_dataset("dots"), RESULTS)
+    write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), load_dataset("dots"), RESULTS)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\n") and "base_model: tiny" in text and "> How many dots are in the image?" in text
     assert "    --seed 5\n    --images 2" in text or "    --images 2\n" in text and "    --seed 5" in text
@@ -66,7 +67,7 @@ def test_the_cards_program_gives_the_answer_that_was_evaluated(tmp_path, monkeyp
         (folder / "config.json").unlink()
         (folder / "model.safetensors").unlink()
         lora.save_adapter(policy.model, folder)
-    items = data.load_dataset("dots")
+    items = load_dataset("dots")
     write_model_card(folder, "stage 1", Settings(), items, RESULTS)
     (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     for item in items[:3]:

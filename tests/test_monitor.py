@@ -7,13 +7,14 @@ import torch
 
 import data
 import train
+from support.datasets import load_dataset
 from support.show.clock import Clock
 from support.show.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
 from support.show.tables import finite
 
 
 def test_whatever_the_policy_writes_the_log_goes_on():
-    samples = data.make_samples(data.load_dataset("dots"), 2, 1)
+    samples = data.make_samples(load_dataset("dots"), 2, 1)
     huge = '[{"image_id": 1, "value": 1e308}, {"image_id": 2, "value": -1.7e308}]'
     texts = [huge, huge, "[" * 10**5, '[{"image_id": 1, "value": NaN}]']
     stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 10)

@@ -12,6 +12,7 @@ import torch
 import data
 import rarl
 import train
+from support.datasets import load_dataset
 from support.learner import lora
 from support.learner.plan import GB, Longest, Plan, longest_prompt, plan_text, read_model
 from support.run.settings import Settings, parse_settings
@@ -27,7 +28,7 @@ def of_these(policy, samples, prompts):
 @pytest.fixture(scope="module")
 def asked(policy):
     """Two prompts of four images. -> their samples, the prompts"""
-    samples = data.make_samples(data.load_dataset("dots"), 4, 2)
+    samples = data.make_samples(load_dataset("dots"), 4, 2)
     return samples, data.make_prompts(policy, samples)
 
 
@@ -104,7 +105,7 @@ def test_activations_are_what_autograd_keeps(policy, asked, more, checkpointing)
 @pytest.mark.parametrize("n", [1, 8])
 def test_longest_prompt_is_not_underestimated(n):
     policy = rarl.load_policy(TINY)
-    samples = data.make_samples(data.load_dataset("dots"), n, 20)
+    samples = data.make_samples(load_dataset("dots"), n, 20)
     real = of_these(policy, samples, data.make_prompts(policy, samples))
     planned = longest_prompt(Settings(images=(n,)), policy.model)
     assert planned.S == real.S and real.P <= planned.P < 1.3 * real.P and real.T <= planned.T < 1.3 * real.T

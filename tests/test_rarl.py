@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import data
 import rarl
 from experiments import usual_way
+from support.datasets import load_dataset
 from support.datasets.drawings import DOTS
 
 G, T = 4, 24
@@ -29,7 +30,7 @@ def full_forward(policy, prompt, answer, temperature=1.0):
 @pytest.fixture(scope="module")
 def prompts(policy):
     """Different lengths, 1, 4 and 2 images, and an image with several attention windows in one batch."""
-    dots, dials = data.load_dataset("dots", None, "test"), data.load_dataset("dials", None, "test")
+    dots, dials = load_dataset("dots", None, "test"), load_dataset("dials", None, "test")
     samples = [
         *data.make_samples(dots, 1, 1),
         *data.make_samples(dials, 4, 1),

@@ -6,7 +6,7 @@ import pytest
 from small_data import TABLE, everything, make_images, noise_image, write_table
 
 import data
-from support.datasets import readers
+from support.datasets import load_dataset, readers
 from support.datasets import splits as datasets
 from support.datasets.image_files import open_image
 
@@ -32,7 +32,7 @@ def coco(tmp_path):
 
 def test_coco_counts_and_leaves_crowds_out(coco, monkeypatch):
     monkeypatch.setattr(readers, "hash_split", lambda name: "train")
-    items = data.load_dataset("coco", coco, "train")
+    items = load_dataset("coco", coco, "train")
     assert [(i.name, i.label) for i in items] == [
         ("val2017/a.jpg/cat", 2),
         ("val2017/a.jpg/dog", 1),
@@ -46,22 +46,22 @@ def test_coco_counts_and_leaves_crowds_out(coco, monkeypatch):
 
 def test_bad_data_is_named(coco, tmp_path):
     with pytest.raises(data.DataError, match="unknown data set 'dotz'"):
-        data.load_dataset("dotz")
+        load_dataset("dotz")
     with pytest.raises(data.DataError, match="unknown split"):
-        data.load_dataset("dots", None, "tset")
+        load_dataset("dots", None, "tset")
     with pytest.raises(data.DataError, match="needs --data-root"):
-        data.load_dataset("coco")
+        load_dataset("coco")
     with pytest.raises(data.DataError, match="is not a folder"):
-        data.load_dataset("coco", tmp_path / "nowhere")
+        load_dataset("coco", tmp_path / "nowhere")
     with pytest.raises(data.DataError, match="instances_"):
-        data.load_dataset("coco", coco / "val2017")
+        load_dataset("coco", coco / "val2017")
     file = coco / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(data.DataError, match="instances_val2017.json is not a COCO"):
-        data.load_dataset("coco", coco)
+        load_dataset("coco", coco)
     file.write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(data.DataError, match="split of coco .* is empty"):
-        data.load_dataset("coco", coco)
+        load_dataset("coco", coco)
     with pytest.raises(data.DataError, match="gone.jpg does not exist"):
         open_image(coco / "gone.jpg")
     (coco / "half.jpg").write_bytes((coco / "val2017" / "a.jpg").read_bytes()[:300])
@@ -150,7 +150,7 @@ def test_utkface_names(tmp_path):
     assert everything("utkface", tmp_path)[0].keys() == items.keys()
     make_images(tmp_path, ["116_1_0_20170112213500903.jpg.chip.jpg"])
     with pytest.raises(data.DataError, match="listed twice, and first at: .*116_1_0"):
-        data.load_dataset("utkface", tmp_path)
+        load_dataset("utkface", tmp_path)
 
 
 AVA = """1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396
@@ -171,7 +171,7 @@ def test_ava_means_and_lists(tmp_path):
     (tmp_path / "AVA.txt").write_text(AVA)
     make_images(tmp_path, ["images/953619.jpg", "images/953958.jpg", "954184.jpg", "images/954113.jpg"])
     with pytest.raises(data.DataError, match=r"AVA\.txt line 4: has no label"):
-        data.load_dataset("ava", tmp_path)
+        load_dataset("ava", tmp_path)
     items, left_out = everything("ava", tmp_path, skip_bad=True)
     assert {n: i.label for n, i in items.items()} == {"953619": 699 / 124, "953958": 592 / 126, "954184": 719 / 126}
     assert [(out.why.split(" (")[0], out.where[-6:], out.bad) for out in left_out] == [
@@ -200,7 +200,7 @@ def test_ava_means_and_lists(tmp_path):
         "test": ["954184"],
     }
     with pytest.raises(data.DataError, match="val split of ava .* is empty"):
-        data.load_dataset("ava", tmp_path, "val", skip_bad=True)
+        load_dataset("ava", tmp_path, "val", skip_bad=True)
     (tmp_path / "val.txt").write_text("954184.jpg\n")
     with pytest.raises(data.DataError, match=r"954184\.jpg is in the lists of val and test"):
         datasets.read_dataset("ava", tmp_path, skip_bad=True)
@@ -232,7 +232,7 @@ def test_tables_with_splits_and_groups(tmp_path, kind):
     (root / f"labels.{kind}").rename(root / f"x.{kind}")
     (root / f"y.{kind}").write_text("")
     with pytest.raises(data.DataError, match=f"holds 2 .{kind} files"):
-        data.load_dataset(kind, root)
+        load_dataset(kind, root)
 
 
 def test_folder_per_label(tmp_path):
@@ -243,7 +243,7 @@ def test_folder_per_label(tmp_path):
     for wrong, text in (("unrated/d.jpg", "'unrated'"), ("nan/d.jpg", "'nan'"), ("d.jpg", "in no folder")):
         make_images(tmp_path, [wrong])
         with pytest.raises(data.DataError, match=f"{wrong}: .*{text}"):
-            data.load_dataset("folder", tmp_path)
+            load_dataset("folder", tmp_path)
         assert everything("folder", tmp_path, skip_bad=True)[0].keys() == items.keys()
         (tmp_path / wrong).unlink()
     make_images(tmp_path / "parted", ["train/1/a.jpg", "test/2/b.jpg", "val/3/c.jpg"])

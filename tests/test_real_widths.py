@@ -13,6 +13,7 @@ import data
 import rarl
 from experiments import usual_way
 from experiments.bench import SHAPES
+from support.datasets import load_dataset
 from support.datasets.drawings import DOTS
 from support.learner import lora
 
@@ -53,7 +54,7 @@ def wide_policy(policy):
 @pytest.fixture(scope="module")
 def prompts(wide_policy):
     """1, 2, 4 and 8 images in a prompt, of different sizes: some of several attention windows."""
-    items = data.load_dataset("dots", None, "test")
+    items = load_dataset("dots", None, "test")
     sizes = [(84, 84), (196, 140), (112, 224), (56, 168), (140, 84), (28, 112), (84, 56), (168, 168)]
     resized = [
         data.Item(f"{i}", 3, DOTS, lambda i=i, size=size: items[i].image().resize(size)) for i, size in enumerate(sizes)

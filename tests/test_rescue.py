@@ -10,6 +10,7 @@ import data
 import rarl
 from experiments import rescue
 from experiments.commands import CommandError
+from support.datasets import load_dataset
 
 
 def write_steps(folder, *formats):
@@ -25,7 +26,7 @@ def test_the_base_is_taught_prose_once(tmp_path, monkeypatch):
     """Three steps of many: prose becomes likelier, the eyes stay. Another tiny/ would get a folder of its own."""
     monkeypatch.chdir(tmp_path)
     folder = rescue.make_base(ROOT / "tiny", most_steps=3)
-    samples = data.make_samples(data.load_dataset("dots", split="test"), 1, 2)
+    samples = data.make_samples(load_dataset("dots", split="test"), 1, 2)
     tiny, base = rarl.load_policy(ROOT / "tiny"), rarl.load_policy(folder)
     ids = rarl.encode(tiny, [rescue.PROSE])[0].expand(2, -1)
     before, after = (rarl.logprobs(p, data.make_prompts(p, samples), ids, ids >= 0)[0].mean() for p in (tiny, base))

@@ -12,6 +12,7 @@ import rarl
 import reward
 import train
 from support import rivals
+from support.datasets import load_dataset
 from support.learner.distributed import Learner, World
 from support.run.settings import Settings
 
@@ -69,7 +70,7 @@ def test_the_rank_weight_follows_r_reg_of_all_processes():
 
 @pytest.fixture(scope="module")
 def items():
-    return data.load_dataset("dots")
+    return load_dataset("dots")
 
 
 def collect(policy, items, **settings):

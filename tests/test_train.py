@@ -14,9 +14,9 @@ from PIL import Image
 from runs import ROOT, SMALL, command, lines, run_here, train_here
 from safetensors.torch import load_file
 
-import data
 import grpo
 import train
+from support.datasets import load_dataset
 
 
 def test_both_stages_end_to_end(finished):
@@ -128,7 +128,7 @@ def test_an_unreadable_image_is_named_before_training(tmp_path, monkeypatch, cap
     for i in range(40):
         (tmp_path / "photos" / str(i % 5)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (60, 60), (6 * i, 0, 0)).save(tmp_path / "photos" / str(i % 5) / f"{i}.png")
-    broken = data.load_dataset("folder", "photos", "train")[0].path
+    broken = load_dataset("folder", "photos", "train")[0].path
     broken.write_bytes(broken.read_bytes()[:60])
     arguments = [*SMALL, "--steps1", "1", "--steps2", "1", "--images", "2", "--eval-samples", "2", "--batch-size", "2"]
     arguments += ["--data", "folder", "--data-root", "photos"]

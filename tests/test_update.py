@@ -11,6 +11,7 @@ import data
 import grpo
 import rarl
 import train
+from support.datasets import load_dataset
 from support.learner.distributed import Learner, World, micro_batches
 from support.run.preflight import preflight
 from support.run.settings import SettingError, Settings
@@ -20,7 +21,7 @@ CPU = World(0, 1, torch.device("cpu"))
 
 def make_batch(policy, settings, mutate=0):
     """Prompts of 1, 2 and 4 images, random advantages, answers of uneven length."""
-    items = data.load_dataset("dots")
+    items = load_dataset("dots")
     samples = [s for n in (4, 1, 2) for s in data.make_samples(items, n, 1)]
     prompts = data.make_prompts(policy, samples)
     rollout = rarl.generate(policy, prompts, settings.group_size, 20, 1.0, torch.Generator().manual_seed(0))
@@ -169,7 +170,7 @@ def test_activation_checkpointing_gives_the_same_gradients(policy):
 
 
 def test_preflight_refuses_what_would_corrupt_gradients(policy, monkeypatch):
-    samples = data.make_samples(data.load_dataset("dots"), 4, 20)
+    samples = data.make_samples(load_dataset("dots"), 4, 20)
     stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 100)
     preflight(policy, samples, stage)
     reference = data.reference_answer

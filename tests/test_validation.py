@@ -10,6 +10,7 @@ from small_data import make_images
 import data
 import rarl
 import train
+from support.datasets import load_dataset
 from support.run.checkpoints import Best
 from support.run.preflight import validation_prompts
 from support.show.monitor import Monitor
@@ -74,7 +75,7 @@ def test_the_best_policy_survives_a_kill(scripted, tmp_path, monkeypatch):
 
 def test_what_is_measured(policy):
     """A random policy gives no valid answer; one that says the truth has the whole reward."""
-    items = data.load_dataset("dots", split="val")
+    items = load_dataset("dots", split="val")
     stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 10, validation_prompts(items, (4, 2), 3))
     assert list(stage.validation) == [2, 4] and {len(s.items) for s in stage.validation[4]} == {4}
     assert all(
@@ -93,7 +94,7 @@ def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
         None,
         train.RewardWeights(1, 1, 1),
         10,
-        validation_prompts(data.load_dataset("dots", split="val"), (2, 4), 3),
+        validation_prompts(load_dataset("dots", split="val"), (2, 4), 3),
     )
 
     def truth(policy, samples, *rest):
@@ -135,7 +136,7 @@ def test_without_a_val_split_the_last_policy_is_kept(tmp_path, monkeypatch, caps
     said = capsys.readouterr().err
     assert "val split of csv is empty: no validation" in said and "the best in validation" not in said
     assert lines(tmp_path / "runs/rarl/validation.jsonl") == []
-    assert validation_prompts(data.load_dataset("dots", split="val")[:3], (1, 2, 4), 5).keys() == {1, 2}
+    assert validation_prompts(load_dataset("dots", split="val")[:3], (1, 2, 4), 5).keys() == {1, 2}
 
 
 def test_of_equal_policies_the_later_is_the_best(policy):

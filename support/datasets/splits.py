@@ -54,7 +54,7 @@ def read_dataset(
 ) -> tuple[dict[str, list[Item]], list[LeftOut]]:
     """All splits of a data set, {"train": items, "val": items, "test": items}, and what was left out, and why.
 
-    Image files must exist, but are not opened. For the arguments see `data.load_dataset`.
+    Image files must exist, but are not opened. For the arguments see `load_dataset`.
     """
     overrides = task_overrides or {}
     if name in DRAWN:
@@ -177,11 +177,29 @@ def _make_items(chosen: list[tuple[Row, str]], base: Task, overrides: dict) -> d
     return items
 
 
+def load_dataset(
+    name: str, root: str | Path | None = None, split: str = "train", task_overrides: dict | None = None,
+    skip_bad: bool = False,
+) -> list[Item]:  # fmt: skip
+    """The items of one split.
+
+    name            dots | dials | utkface | coco | ava | csv | jsonl | folder
+    root            the data set's folder, or the file for csv, jsonl and coco (not needed for the drawn ones)
+    split           train | val | test, see `choose_split`
+    task_overrides  {"question": ..., "order": ..., "delta": ..., "decimals": ...}; None or absent: the data set's own
+    skip_bad        leave out and count what cannot be used, rather than raise. It opens every image of the split
+                    beforehand, which takes minutes for a large data set
+    Raises DataError when the name is unknown, the folder is not that data set, a row is unusable (the message names its
+    file and line), an image file is missing, or the split is empty. Images are opened later, when they are needed.
+    """
+    return load_splits(name, root, (split,), task_overrides, skip_bad)[0]
+
+
 def load_splits(
     name: str, root: str | Path | None, splits: tuple[str, ...], task_overrides: dict | None = None,
     skip_bad: bool = False, labels_of: tuple[str, ...] = (), may_be_empty: tuple[str, ...] = (),
 ) -> list[list[Item]]:  # fmt: skip
-    """The items of several splits, with the data set's files read once; see `data.load_dataset`.
+    """The items of several splits, with the data set's files read once; see `load_dataset`.
 
     labels_of     further splits, whose labels alone are wanted: their images are not opened, and they may be empty
     may_be_empty  those of `splits` that may
