@@ -1,23 +1,24 @@
 """Rows are checked, divided into splits and given their task; what cannot be used is named."""
 
 import json
+import random
 
 import pytest
 from small_data import TABLE, everything, make_images, write_table
 
 import data
-from support.datasets import load_dataset, load_splits, readers
+from support.datasets import drawings, load_dataset, load_splits, readers, report, rows, tasks
 from support.datasets import splits as datasets
 
 
 def test_hash_split_is_stable_and_70_10_20():
     names = [f"{i:012d}.jpg" for i in range(20000)]
-    share = {s: sum(readers.hash_split(n) == s for n in names) / len(names) for s in ("train", "val", "test")}
+    share = {s: sum(rows.hash_split(n) == s for n in names) / len(names) for s in ("train", "val", "test")}
     assert abs(share["train"] - 0.7) < 0.015 and abs(share["val"] - 0.1) < 0.015 and abs(share["test"] - 0.2) < 0.015
     # Fixed for ever: the last decimal digits of the names' SHA-1 are 6, 7, 5, 4, and of a5 ... a9 below 0, 1, 9, 2, 7.
     expected = {"000000000285.jpg": "train", "000000001268.jpg": "val", "1_0_4_20161219140623097.jpg": "train",
                 "953958": "train", "a7.jpg": "test"}  # fmt: skip
-    assert {name: readers.hash_split(name) for name in expected} == expected
+    assert {name: rows.hash_split(name) for name in expected} == expected
 
 
 def test_own_question_order_delta_decimals(tmp_path):
@@ -57,6 +58,11 @@ def test_bad_rows_are_named_or_left_out_and_counted(tmp_path, kind):
         (["a.jpg", "nan"], "not a finite number: 'nan'"),
         (["a.jpg", "1e999"], "not a finite number"),
         (["a.jpg", "old"], "not a finite number: 'old'"),
+        (["a.jpg", "1_5"], "the label is a range, where one number is needed, such as its middle: '1_5'"),
+        (["a.jpg", "25 - 32"], "the label is a range"),
+        (["a.jpg", "１２"], "not a finite number"),  # full-width digits, which float() reads
+        (["a.jpg", "٣"], "not a finite number"),
+        (["a.jpg", "0x10"], "not a finite number"),
         (["a.jpg", 1], "is listed twice, and first at: .* line "),
     ]
     if kind == "jsonl":
@@ -111,11 +117,11 @@ def test_adding_images_moves_none_between_splits(tmp_path):
     before, _ = datasets.read_dataset("folder", tmp_path)
     make_images(tmp_path, [f"{i % 5}/{i}.png" for i in range(40, 80)])
     after, _ = datasets.read_dataset("folder", tmp_path)
-    for split in readers.SPLITS:
+    for split in rows.SPLITS:
         assert {i.name for i in before[split]} <= {i.name for i in after[split]}
     assert sum(map(len, after.values())) == 80
     # Fixed for ever: the SHA-1 of a5.jpg ... a9.jpg, as a number, ends in 0, 1, 9, 2, 7.
-    assert [readers.hash_split(f"a{i}.jpg") for i in range(5, 10)] == ["train", "train", "test", "train", "val"]
+    assert [rows.hash_split(f"a{i}.jpg") for i in range(5, 10)] == ["train", "train", "test", "train", "val"]
 
 
 def test_skip_bad_opens_every_image_and_counts(tmp_path, capsys):
@@ -129,3 +135,49 @@ def test_skip_bad_opens_every_image_and_counts(tmp_path, capsys):
     assert [i.label for i in train] == [0, 1, 3] and len(test) == 1
     assert "left out 1\n  1 x image cannot be used" in capsys.readouterr().err
     assert [i.label for i in load_dataset("folder", tmp_path, "train", skip_bad=True)] == [0, 1, 3]
+
+
+def items_of(labels):
+    return [data.Item(f"{i}.jpg", label, drawings.DOTS, lambda: None) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("odd", "found"), [([], []), ([-999], [-999]), ([9999, -1e6], [-1e6, 9999]), ([19, 20], []), ([12], []), ([99], [99])]
+)  # fmt: skip
+def test_labels_that_lie_apart_are_outliers(odd, found):
+    """Beside 40 labels from 1 to 10, whose range is 9: 19 is no more than 9 away from 10, 99 is."""
+    assert [item.label for item in tasks.outliers(items_of([*(1 + i % 10 for i in range(40)), *odd]))] == found
+
+
+def test_what_is_rare_is_no_outlier():
+    """Log-normal counts have a long tail without a gap; of labels nearly all alike nobody can say what lies apart."""
+    rng = random.Random(0)
+    assert not tasks.outliers(items_of([max(1, int(rng.lognormvariate(0.6, 1.0))) for _ in range(5000)]))
+    assert not tasks.outliers(items_of([1] * 99 + [20])) and not tasks.outliers(items_of([1, 2, 900]))
+
+
+def test_outliers_are_named_where_a_data_set_is_loaded_and_in_the_report(tmp_path, capsys):
+    rows = [{"path": f"{i}.png", "label": i % 10 if i else -999, "split": "train"} for i in range(40)]
+    make_images(write_table(tmp_path, "csv", rows), [f"{i}.png" for i in range(40)])
+    load_dataset("csv", tmp_path)
+    assert "1 label lies far from all others" in (said := capsys.readouterr().err) and "0.png -999" in said
+    report.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    assert "outliers    1 label lies far" in capsys.readouterr().out
+
+
+def test_labels_in_a_small_unit_can_be_written():
+    """From 0.0001 to 0.0010 in steps of 0.0001: 4 decimals; delta (0.0010 - 0.0001) / 4. Coarse ones stay at 3 at most."""
+    small = tasks.fit_to_labels(readers.RATING, [i / 1e4 for i in range(1, 11)])
+    assert (small.decimals, small.delta) == (4, pytest.approx(0.000225))
+    assert tasks.fit_to_labels(readers.RATING, [1 / 3, 2.5, 4]).decimals == 3
+    assert tasks.fit_to_labels(readers.RATING, [1 / 3e4, 2.5e-4, 4e-4]).decimals == 7  # a quarter is 9e-5: 3 + 4
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+def test_marks_of_the_chat_are_refused_wherever_they_come_from(mark):
+    for overrides, group in (({"question": f"a{mark}b?"}, ""), ({"order": mark}, ""), ({}, f"cats{mark}")):
+        with pytest.raises(data.DataError, match=r"must not contain <\|"):
+            tasks.make_task(readers.READERS["coco"][1], overrides, group)
+    assert (
+        tasks.make_task(readers.RATING, {"question": "Is a < b | c > d?", "delta": 1}).question == "Is a < b | c > d?"
+    )

@@ -2,7 +2,9 @@
 
 import os
 import random
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -32,6 +34,45 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     for odd in (np.full((2, 2), 70000, np.int32), np.full((2, 2), 0.5, np.float32)):
         with pytest.raises(data.DataError, match=r"x\.tif cannot be read .*no known range"):
             saved(tmp_path, Image.fromarray(odd), "x.tif")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_numbers_of_twelve_bits_in_sixteen_are_refused_not_nearly_black(tmp_path, name):
+    """A white of 4095 would become 4095 / 257 = 16 of 255. All black is black, and 16384 is a quarter of the range."""
+    for highest, refused in ((4095, True), (16383, True), (16384, False), (0, False)):
+        grey = np.full((2, 2), highest, np.uint16)
+        grey[0, 0] = 0
+        if refused:
+            with pytest.raises(data.DataError, match=f"16-bit pixels go up to {highest} .*scale them"):
+                saved(tmp_path, Image.fromarray(grey), name)
+        else:
+            assert saved(tmp_path, Image.fromarray(grey), name)[1, 1, 0] == round(highest / 257)
+
+
+def test_so_are_those_of_colours(tmp_path):
+    """Pillow keeps the upper byte of each: a white of 4095 is 15. The file is written by hand, as Pillow writes no such."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    for white, refused in ((4095, True), (65535, False)):
+        rows = b"".join(b"\0" + struct.pack(">6H", *[white] * 3, 0, 0, 0) for _ in range(2))
+        head = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+        png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        (tmp_path / "x.png").write_bytes(png)
+        if refused:
+            with pytest.raises(data.DataError, match="16-bit pixels go up to 3855 "):
+                images.open_image(tmp_path / "x.png")
+        else:
+            assert np.asarray(images.open_image(tmp_path / "x.png"))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".jp2", ".avif", ".pnm"])
+def test_endings_that_pillow_knows_are_read(tmp_path, ending):
+    assert ending in images.ENDINGS
+    noise_image(32, 32).save(tmp_path / f"1{ending}")
+    assert images.open_image(tmp_path / f"1{ending}").size == (32, 32)
+    (tmp_path / "3").mkdir()
+    (tmp_path / f"1{ending}").rename(tmp_path / f"3/a{ending.upper()}")
+    splits, left_out = datasets.read_dataset("folder", tmp_path, {"delta": 1})
+    assert sum(map(len, splits.values())) == 1 and not left_out
 
 
 def test_transparency_is_laid_on_white_as_transformers_does(tmp_path):
@@ -146,9 +187,9 @@ def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
 
 def test_interrupted_checking_does_not_read_on(tmp_path, monkeypatch):
     """2000 images of 5 ms each; Ctrl-C at the first ends the check at once, not when all are read."""
-    items = [data.Item(str(i), 1, None, None, tmp_path / str(i)) for i in range(2000)]
     opened = []
-    monkeypatch.setattr(images, "open_image", lambda path: opened.append(path) or time.sleep(0.005))
+    look = lambda: opened.append(1) or time.sleep(0.005)
+    items = [data.Item(str(i), 1, None, look, tmp_path / str(i)) for i in range(2000)]
 
     def interrupted(steps, what, total):
         yield next(iter(steps))

@@ -6,7 +6,7 @@ import pytest
 from small_data import TABLE, everything, make_images, noise_image, write_table
 
 import data
-from support.datasets import load_dataset, readers
+from support.datasets import load_dataset, rows
 from support.datasets import splits as datasets
 from support.datasets.image_files import open_image
 
@@ -31,7 +31,7 @@ def coco(tmp_path):
 
 
 def test_coco_counts_and_leaves_crowds_out(coco, monkeypatch):
-    monkeypatch.setattr(readers, "hash_split", lambda name: "train")
+    monkeypatch.setattr(datasets, "hash_split", lambda name: "train")
     items = load_dataset("coco", coco, "train")
     assert [(i.name, i.label) for i in items] == [
         ("val2017/a.jpg/cat", 2),
@@ -99,12 +99,16 @@ def test_coco_reads_rem_and_real_layouts(tmp_path, coco):
     splits, left_out = datasets.read_dataset("coco", root)
     assert [(i.name, i.label, i.path.parent.name) for i in splits["test"]] == [("valrem/v.jpg/cat", 2, "val2017")]
     assert {i.path.name for i in splits["val"]} == {
-        f"t{i}.jpg" for i in range(10) if readers.hash_split(f"t{i}.jpg") == "val"
+        f"t{i}.jpg" for i in range(10) if rows.hash_split(f"t{i}.jpg") == "val"
     }
     assert len(splits["train"]) + len(splits["val"]) == 10 and not left_out
-    # One annotation file as the root: only it, divided by hash.
+    # One annotation file as the root: its pair is read too. Alone, it is divided by hash.
+    for file in ("instances_valrem.json", "instances_trainrem.json"):
+        assert len(datasets.read_dataset("coco", root / file)[0]["test"]) == 1
+    (root / "instances_trainrem.json").rename(root / "trainrem.json")
     splits, _ = datasets.read_dataset("coco", root / "instances_valrem.json")
-    assert [len(splits[s]) for s in splits] == [int(readers.hash_split("v.jpg") == s) for s in splits]
+    assert [len(splits[s]) for s in splits] == [int(rows.hash_split("v.jpg") == s) for s in splits]
+    (root / "trainrem.json").rename(root / "instances_trainrem.json")
     # A file name in the annotations must not lead out of the data set's folder.
     (tmp_path / "secret.jpg").write_bytes((root / "val2017/v.jpg").read_bytes())
     whole = (root / "instances_valrem.json").read_text()
@@ -114,9 +118,27 @@ def test_coco_reads_rem_and_real_layouts(tmp_path, coco):
             datasets.read_dataset("coco", root)
     (root / "instances_valrem.json").write_text(whole)
     # The same images under two annotation files would stand in two splits.
-    (root / "instances_val2017.json").write_text((root / "instances_valrem.json").read_text())
+    (root / "instances_trainrem.json").write_text(whole)
     with pytest.raises(data.DataError, match=r"both annotate v\.jpg"):
         datasets.read_dataset("coco", root)
+    # Two sets of annotations: the user chooses, and keeps the pair of train and val.
+    (root / "instances_val2017.json").write_text(whole)
+    with pytest.raises(data.DataError, match=r"val2017.json and .*valrem.json are two sets .* point --data-root at"):
+        datasets.read_dataset("coco", root)
+
+
+@pytest.mark.parametrize("root", ["", "coco_rem", "coco_rem/instances_trainrem.json", "coco_rem/instances_valrem.json"])
+def test_coco_rem_beside_coco(tmp_path, root):
+    """COCO-ReM's own layout: coco_rem/instances_*rem.json beside coco/train2017 and coco/val2017."""
+    (tmp_path / "coco_rem").mkdir()
+    for part in ("train", "val"):
+        make_images(tmp_path / f"coco/{part}2017", [f"{part}{i}.jpg" for i in range(4)])
+        content = {"images": [{"id": i, "file_name": f"{part}{i}.jpg"} for i in range(4)], "categories": [{"id": 1, "name": "cat"}],
+                   "annotations": [{"image_id": i, "category_id": 1} for i in range(4)]}  # fmt: skip
+        (tmp_path / f"coco_rem/instances_{part}rem.json").write_text(json.dumps(content))
+    splits, left_out = datasets.read_dataset("coco", tmp_path / root)
+    assert {i.path.name for i in splits["test"]} == {f"val{i}.jpg" for i in range(4)} and not left_out
+    assert {i.path.name for i in splits["train"] + splits["val"]} == {f"train{i}.jpg" for i in range(4)}
 
 
 def test_coco_counts_what_it_leaves_out(coco):
@@ -148,9 +170,19 @@ def test_utkface_names(tmp_path):
         tmp_path / "whole/116_1_0_20170112213500903.jpg"
     )
     assert everything("utkface", tmp_path)[0].keys() == items.keys()
-    make_images(tmp_path, ["116_1_0_20170112213500903.jpg.chip.jpg"])
-    with pytest.raises(data.DataError, match="listed twice, and first at: .*116_1_0"):
-        load_dataset("utkface", tmp_path)
+    # Kaggle's archive holds copies. They are no other faces.
+    make_images(
+        tmp_path, ["116_1_0_20170112213500903.jpg.chip.jpg", "crop_part1/44_1_4_20170116235150272.jpg.chip.jpg"]
+    )
+    again, left_out = everything("utkface", tmp_path)
+    assert again.keys() == items.keys()
+    assert sum(out.why.startswith("is a copy, by its name, of: ") and not out.bad for out in left_out) == 2
+    # Digits of other scripts are no age, and what Pillow cannot read is counted.
+    make_images(tmp_path, ["１２_1_0_20170112213500904.jpg"])
+    (tmp_path / "13_1_0_20170112213500905.HEIC").write_bytes(b"photograph")
+    again, left_out = everything("utkface", tmp_path)
+    assert again.keys() == items.keys()
+    assert sum(out.why == "is no image that can be read here (.HEIC)" for out in left_out) == 1
 
 
 AVA = """1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396
@@ -208,6 +240,31 @@ def test_ava_means_and_lists(tmp_path):
     (tmp_path / "test.txt").write_text("954184.jpg 5.7\n")
     with pytest.raises(data.DataError, match="no image .* one name or id a line"):
         datasets.read_dataset("ava", tmp_path, skip_bad=True)
+
+
+def test_ava_without_a_few_photographs_and_with_the_published_split(tmp_path):
+    """10 rows, of which the download lacks 1; a second is too many, and then the first is named."""
+    line = "{0} {0} 0 1 5 17 38 36 15 6 5 1 1 22 1396\n"
+    (tmp_path / "AVA.txt").write_text("".join(line.format(i) for i in range(1, 11)))
+    make_images(tmp_path, [f"images/{i}.jpg" for i in range(2, 11)])
+    items, left_out = everything("ava", tmp_path)
+    assert len(items) == 9
+    assert [(out.why.split(":")[0], out.where[-6:], out.bad) for out in left_out] == [
+        ("the download lacks the photograph", "line 1", False)
+    ]
+    (tmp_path / "ava_split.json").write_text(json.dumps({"train_id": [2, 3, 4, 5], "test_id": ["6", "7"]}))
+    splits, _ = datasets.read_dataset("ava", tmp_path)
+    assert [[i.name for i in splits[s]] for s in rows.SPLITS] == [["2", "3", "4", "5"], [], ["6", "7"]]
+    for broken in ("[1]", '{"train_id": 5}', "{"):
+        (tmp_path / "ava_split.json").write_text(broken)
+        with pytest.raises(data.DataError, match="ava_split.json is no list of splits"):
+            datasets.read_dataset("ava", tmp_path)
+    (tmp_path / "ava_split.json").unlink()
+    (tmp_path / "test").write_text("images/6\n7.jpg\n8\n")  # a list without an ending, names with and without
+    assert [i.name for i in datasets.read_dataset("ava", tmp_path)[0]["test"]] == ["7", "8"]
+    (tmp_path / "images/2.jpg").unlink()
+    with pytest.raises(data.DataError, match=r"line 1: the image file does not exist: .*1\.jpg"):
+        datasets.read_dataset("ava", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

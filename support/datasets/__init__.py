@@ -1,7 +1,10 @@
 """Data sets: files in, items with a task out.
 
 splits         `load_dataset`, `load_splits`: rows checked, divided into train, val and test, made into items
+rows           what a reader yields for each image, and what decides its split
 readers        what each kind of data set's files say, and the task that goes with it
+parquet        the reader of parquet files with images in them (Hugging Face)
+tasks          a task from the data set's own and the user's question, and from the labels
 image_files    image files opened as upright RGB, checked, compared
 drawings       the drawn sets `dots` and `dials`
 balance        weights that draw rare labels more often

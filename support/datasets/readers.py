@@ -1,14 +1,12 @@
 """What a data set's files say: one reader for each kind of data set, and the task that goes with it.
 
-A reader yields rows, unchecked; `datasets.read_dataset` checks them all alike. Its arguments are the root that the user
-named, a folder or (csv, jsonl, coco) a file, and the folder where the images are.
+A reader yields rows, unchecked; `splits.read_dataset` checks them all alike. Its arguments are the root that the user
+named, a folder or (csv, jsonl, coco, parquet) a file, and the folder where the images are.
 
 To add a data set, write a reader and add it with its task to READERS.
 """
 
 import csv
-import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -16,65 +14,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from data import DataError, Task, format_value
+from data import DataError, Task
 from support.datasets.drawings import DRAWN
 from support.datasets.image_files import ENDINGS
+from support.datasets.parquet import read_parquet
+from support.datasets.rows import SPLITS, Row, read_text, split_of_part
+
+TEXTS = (".txt", ".md", ".csv", ".json", ".jsonl", ".html", ".pdf")  # notes and lists among the images, of no account
+MISSING = 0.1  # share of the photographs that AVA's own download may lack
 
 
-class Row(NamedTuple):
-    """One labelled image as the files describe it.
+def _image_files(root: Path) -> tuple[list[Path], list[Row]]:
+    """All image files below a folder in the order of their names, and rows that count other files: what Pillow cannot read.
 
-    where  the file (and line) to look at when something is wrong
-    name   unique in the data set
-    label  a number, or text that should be one
-    key    what the image is called in list files and what decides its split; stays when images are added
-    group  items of different groups never share a prompt: COCO's categories
-    split  train | val | test where the files say so
-    skip   why the data set's own rules leave this row out (counted, never an error)
-    bad    why this row cannot be used (an error, or counted if the user says so)
+    Hidden files are passed over (macOS leaves ._name.jpg behind), and texts.
     """
-
-    where: str
-    name: str = ""
-    path: Path = Path()
-    label: object = None
-    key: str = ""
-    group: str = ""
-    split: str | None = None
-    skip: str = ""
-    bad: str = ""
-
-    def known_as(self) -> tuple[str, ...]:
-        """What a list file may call it."""
-        return self.key, self.path.name, self.path.stem
-
-
-SPLITS = ("train", "val", "test")
-MAX_LABEL = 1e12  # what a policy can write digit by digit, and what can be squared
-MIN_DELTA = 1e-9  # an error is divided by it and squared
-
-
-def hash_split(name: str) -> str:
-    """train (70 %), val (10 %) or test (20 %) from a file's name alone, so new files never move old ones."""
-    # A checksum such as CRC is not enough: on names that count up, it shares out unevenly.
-    place = int(hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) % 10
-    return "train" if place < 7 else "val" if place == 7 else "test"
-
-
-def read_text(file: Path) -> str:
-    """A text file's content. DataError for what is no regular file (a pipe would never end) or not UTF-8."""
-    if not os.path.isfile(file):
-        raise DataError(f"{file} is no regular file: save its text as one")
-    try:
-        return file.read_text(encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is not UTF-8 text: save it as UTF-8") from None
-
-
-def _image_files(root: Path) -> list[Path]:
-    """All image files below a folder in the order of their names, less hidden ones (macOS leaves ._name.jpg behind)."""
     files: list[Path] = []
     # Part folders may be links, which rglob passes over. A folder that cannot be listed must not go missing silently.
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
@@ -83,8 +38,11 @@ def _image_files(root: Path) -> list[Path]:
         if inside[0] in inside[1:]:  # a link to a folder that it lies in: round and round
             folders.clear()
         else:
-            files += [here / name for name in names if name.lower().endswith(ENDINGS)]
-    return [f for f in sorted(files) if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
+            files += [here / name for name in names]
+    shown = [f for f in sorted(files) if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
+    images = [f for f in shown if f.suffix.lower() in ENDINGS]
+    others = [f for f in shown if f.suffix.lower() not in (*ENDINGS, *TEXTS)]
+    return images, [Row(str(f), skip=f"is no image that can be read here ({f.suffix or 'no ending'})") for f in others]
 
 
 def _raise(error: OSError) -> None:
@@ -98,30 +56,37 @@ def _locate(folders: list[Path], name: str) -> Path:
 def read_utkface(root: Path, folder: Path) -> Iterator[Row]:
     """Age. UTKFace (Zhang, Song, Qi 2017): [age]_[gender]_[race]_[date].jpg or .jpg.chip.jpg, flat or in part folders.
 
-    The real set holds a few names that lack a field; they are left out and counted.
+    The real set holds a few names that lack a field; they are left out and counted. So are copies: Kaggle's archive holds
+    the aligned faces twice, and many of them once more in crop_part1.
     """
-    for path in _image_files(root):
-        fields = re.match(r"(\d{1,3})_[01]_[0-4]_\d+(?!\d)", path.name)
+    files, others = _image_files(root)
+    yield from others
+    first: dict[str, Path] = {}
+    for path in files:
+        fields = re.match(r"([0-9]{1,3})_[01]_[0-4]_[0-9]+(?![0-9])", path.name)
         if fields is None:
             yield Row(str(path), skip="the name is not age_gender_race_date.jpg")
         elif int(fields[1]) > 120:
             yield Row(str(path), skip="nobody is older than 120")
+        elif first.setdefault(fields[0], path) != path:
+            yield Row(str(path), skip=f"is a copy, by its name, of: {first[fields[0]]}")
         else:  # the aligned face (.chip.jpg) goes where its whole photograph goes
             yield Row(str(path), fields[0], path, int(fields[1]), fields[0])
 
 
 def read_coco(root: Path, folder: Path) -> Iterator[Row]:
-    """Counting. COCO (arXiv 1405.0312) or COCO-ReM (arXiv 2403.18819): annotations/instances_*.json beside the images.
+    """Counting. COCO (arXiv 1405.0312) or COCO-ReM (arXiv 2403.18819): instances_*.json, in their own folder or not.
 
     One task per category: the number of its instances in an image that has at least one, however they are outlined
     (polygons or RLE). A crowd annotation (iscrowd) stands for an unknown number, so images with one are left out for
     that category. Images lie in a folder named like the annotations (val2017), or in any other of the root's folders.
-    With annotations of train and val, val becomes our test split (COCO's own test set has no public labels) and
-    train is divided into train and val. The root may be one annotation file.
+    With annotations of train and val, val becomes our test split and train is divided (see `split_of_part`). The root
+    may be one annotation file; the other one of its pair, if there is one, is then read too.
     """
     files = _coco_files(root)
-    both = all(any(part in file.stem for file in files) for part in ("train", "val"))
-    others = sorted(f for f in [*folder.glob("*"), *folder.glob("images/*")] if f.is_dir() and f.name != "annotations")
+    parts = {file: "val" if "val" in file.stem else "train" for file in files}
+    inside = [*folder.glob("*"), *folder.glob("images/*"), *folder.glob("coco/*")]
+    others = sorted(f for f in inside if f.is_dir() and f.name not in ANNOTATIONS)
     annotated: dict[str, Path] = {}  # image -> the file that has it
     for file in files:
         year = file.stem.removeprefix("instances_")  # val2017
@@ -131,21 +96,32 @@ def read_coco(root: Path, folder: Path) -> Iterator[Row]:
             raise DataError(f"{annotated[twice]} and {file} both annotate {twice}: point --data-root at one of the two")
         paths = {name: _locate(folders, name) for name in images}
         for name, category, count, crowd in counted:
-            split = None
-            if both:
-                split = "test" if "val" in file.stem else "val" if hash_split(name) == "val" else "train"
+            split = split_of_part(parts[file], {*parts.values()}, name)
             skip = "has a crowd of the category, so no known number" if crowd else ""
             where, item = f"{file}, {name}, {category}", f"{year}/{name}/{category}"
             yield Row(where, item, paths[name], count, name, category, split, skip)
 
 
+ANNOTATIONS = ("annotations", "coco_rem")  # folders of annotations, beside those of the images
+
+
 def _coco_files(root: Path) -> list[Path]:
-    """The annotation files: the root itself if it is one."""
+    """The annotation files: of a folder, or the pair of train and val that one of them belongs to."""
     if root.is_file():
-        return [root]
-    files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("instances_*.json"))
+        names = {root.name, root.name.replace("train", "val"), root.name.replace("val", "train")}
+        return sorted(file for file in map(root.with_name, names) if file.is_file())
+    places = ("", *(f"{name}/" for name in ANNOTATIONS), "coco/annotations/")
+    files = [file for place in places for file in sorted(root.glob(f"{place}instances_*.json"))]
     if not files:
-        raise DataError(f"no annotations/instances_*.json under {root}: point --data-root at the COCO folder")
+        raise DataError(
+            f"no instances_*.json under {root}, nor in a folder annotations or coco_rem of it: point --data-root there"
+        )
+    for part in ("train", "val"):
+        if len(several := [file for file in files if part in file.stem]) > 1:
+            raise DataError(
+                f"{several[0]} and {several[1]} are two sets of annotations: point --data-root at the one to use "
+                "(of a pair of train and val, at either)"
+            )
     return files
 
 
@@ -169,20 +145,29 @@ def _count_instances(file: Path) -> tuple[list[str], list[tuple[str, str, int, b
 def read_ava(root: Path, folder: Path) -> Iterator[Row]:
     """Aesthetics. AVA (Murray, Marchesotti, Perronnin 2012): AVA.txt and images/ID.jpg (or ID.jpg); label = mean vote.
 
-    15 columns: index, image id, number of votes for each score from 1 to 10, two tags, challenge.
+    15 columns: index, image id, number of votes for each score from 1 to 10, two tags, challenge. The archive lacks a few
+    photographs: they are counted and left out.
     """
     file = root / "AVA.txt"
     if not os.path.lexists(file):
         raise DataError(f"{file} does not exist: point --data-root at the folder with AVA.txt and images/")
     folders = [f for f in (root / "images", root / "image", root) if f.is_dir()]
+    rows: list[Row] = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         where, fields = f"{file} line {number}", line.split()
-        if len(fields) != 15 or not all(f.isdecimal() and len(f) < 16 for f in fields):
-            yield Row(where, bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
+        if len(fields) != 15 or not all(re.fullmatch("[0-9]{1,15}", f) for f in fields):
+            rows.append(
+                Row(where, bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
+            )
             continue
         image, votes = fields[1], [int(f) for f in fields[2:12]]
         mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
-        yield Row(where, image, _locate(folders, f"{image}.jpg"), mean, image)
+        rows.append(Row(where, image, _locate(folders, f"{image}.jpg"), mean, image))
+    gone = {row.where for row in rows if row.name and not row.path.is_file()}
+    if len(gone) > MISSING * len(rows):
+        gone = set()  # not a few: whatever is wrong, the first one is named
+    lack = "the download lacks the photograph"
+    yield from (row._replace(skip=f"{lack}: {row.path}") if row.where in gone else row for row in rows)
 
 
 def _table(root: Path, ending: str) -> Path:
@@ -238,7 +223,9 @@ def read_jsonl(root: Path, folder: Path) -> Iterator[Row]:
 
 def read_folder(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: one folder per label, ROOT/3.5/a.jpg, or ROOT/train/3.5/a.jpg with all of train, val, test."""
-    for path in _image_files(root):
+    files, others = _image_files(root)
+    yield from others
+    for path in files:
         key = path.relative_to(root)
         split, *rest = key.parts if key.parts[0] in SPLITS else (None, *key.parts)
         if len(rest) < 2:
@@ -269,60 +256,8 @@ READERS: dict[str, tuple[Callable[[Path, Path], Iterator[Row]], Task]] = {
              "from the least to the most beautiful", delta=1, decimals=2),
     ),
 }  # fmt: skip
-# One's own labels: delta 0 and decimals -1 are found from them, see make_task.
+# One's own labels: delta 0 and decimals -1 are found from them, see tasks.make_task.
 RATING = Task("rating", "Rate the image from {low} to {high}.", "from the lowest to the highest", delta=0, decimals=-1)
 READERS |= {"csv": (read_csv, RATING), "jsonl": (read_jsonl, RATING), "folder": (read_folder, RATING)}
+READERS |= {"parquet": (read_parquet, RATING)}
 DATASETS = (*DRAWN, *READERS)
-
-
-def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] | None = None) -> Task:
-    """The task of one group: `base`, with the user's question, order, delta, decimals where given (not None).
-
-    {group}, {low} and {high} in a question or order stand for the group's name and its lowest and highest label.
-    Where the base leaves them open, delta and decimals are found from the labels of all splits (`fit_to_labels`).
-    """
-    task = dataclasses.replace(base, **_checked(overrides))
-    words = {"{group}": group}
-    if labels:
-        task = fit_to_labels(task, labels, group)
-        words |= {"{low}": format_value(min(labels), task.decimals), "{high}": format_value(max(labels), task.decimals)}
-    name = task.name if "{group}" in task.name or not group else f"{task.name} {{group}}"  # groups stay apart
-
-    def fill(text: str) -> str:
-        for word, value in words.items():
-            text = text.replace(word, value)
-        return text
-
-    return dataclasses.replace(task, name=fill(name), question=fill(task.question), order=fill(task.order))
-
-
-def _checked(overrides: dict) -> dict:
-    """The settings of a task that were given. DataError for those that make no sense."""
-    given = {field: value for field, value in overrides.items() if value is not None}
-    if unknown := set(given) - {"question", "order", "delta", "decimals"}:
-        raise DataError(f"a task has no setting {sorted(unknown)}: question, order, delta, decimals")
-    if not MIN_DELTA <= given.get("delta", 1) <= MAX_LABEL:
-        raise DataError(f"--delta {given['delta']} must be positive and finite, from {MIN_DELTA:g} to {MAX_LABEL:g}")
-    if given.get("decimals", 0) not in range(10):
-        raise DataError(f"--decimals {given['decimals']} must be a whole number from 0 to 9")
-    if not all(str(given.get(field, "?")).strip() for field in ("question", "order")):
-        raise DataError("--question and --order must not be empty")
-    return given
-
-
-def fit_to_labels(task: Task, labels: list[float], group: str = "") -> Task:
-    """delta and decimals from the labels, where the task leaves them open (delta 0, decimals -1).
-
-    delta is a quarter of the labels' range, so that an answer in the middle earns something for the middle half of it.
-    decimals are what it takes to write the labels, at most 3.
-    """
-    low, high, decimals, delta = min(labels), max(labels), task.decimals, task.delta
-    if decimals < 0:
-        decimals = next((d for d in range(3) if all(round(label, d) == label for label in labels)), 3)
-    if delta == 0:
-        delta = float(f"{(high - low) / 4:.3g}")
-        if delta < MIN_DELTA:
-            of = f"of {group} " if group else ""
-            alike = f"are {low:g}" if low == high else f"are nearly alike, {low:g} to {high:g}"
-            raise DataError(f"all labels {of}{alike}, so delta is unknown: set --delta")
-    return dataclasses.replace(task, decimals=decimals, delta=delta)

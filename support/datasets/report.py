@@ -1,7 +1,8 @@
 """What `python data.py NAME [ROOT]` prints and draws: a look at a data set before one trains on it.
 
 1. Counts, splits, and what was left out and why; all of it in the file left_out.txt beside the sheet.
-2. Files of equal bytes: with different labels (at most one can be right), or in two splits (the test set leaks).
+2. Files of equal bytes: with different labels (at most one can be right), or in two splits (the test set leaks). Labels
+   that lie far from all others.
 3. For each task, what a policy would earn that looks at no image. Where that is nearly what a good policy earns, training
    finds the constant and stays there.
 4. The labels, the question as asked, and a sheet of samples with the names of their files.
@@ -32,7 +33,8 @@ from data import (
 )
 from support.datasets.image_files import identical_files
 from support.datasets.readers import DATASETS
-from support.datasets.splits import LeftOut, format_left_out, keep_openable, read_dataset
+from support.datasets.saved_task import GIVEN
+from support.datasets.splits import LeftOut, format_left_out, format_outliers, keep_openable, read_dataset
 from support.run.atomic_files import write_text
 from support.run.quiet_end import abandon_broken_stdout
 from support.show.blind import best_constant
@@ -55,6 +57,7 @@ def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int 
     print("\nsplits      " + ", ".join(f"{split} {len(items)}" for split, items in splits.items()))
     report_left_out(left_out, out.with_name("left_out.txt"))
     report_identical(identical_files(splits))
+    print(f"outliers    {format_outliers(splits) or 0}")
     if not everything:
         raise DataError(f"{name} under {root} holds no usable image")
     report_tasks(splits)
@@ -241,9 +244,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--order", help="how to say lowest first, such as 'from the youngest to the oldest'")
     add("--delta", type=float, help="tolerance of R_reg in units of the label")
     add("--decimals", type=int, help="of a value in the reference answer")
+    add("--columns", help="of parquet files: image=COLUMN,label=COLUMN (None: found by their names)")
     add("--seed", type=int, default=0, help="draws the samples")
     args = parser.parse_args(argv)
-    overrides = {field: getattr(args, field) for field in ("question", "order", "delta", "decimals")}
+    overrides = {field: getattr(args, field) for field in GIVEN}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError, Item, Task
-from support.datasets.readers import READERS, make_task
+from support.datasets.readers import READERS
 from support.datasets.splits import load_splits
+from support.datasets.tasks import make_task
 from support.run.atomic_files import write_text
 
 FILE = "task.json"
 FIELDS = ("question", "order", "delta", "decimals")  # of a task, and what a user may change
+GIVEN = (*FIELDS, "columns")  # what a user may say about a data set
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _checked(content: dict) -> SavedTask:
 
 
 def _check_field(field: str, value: Any) -> None:
-    if field in ("name", "question", "order"):
+    if field in ("name", "question", "order", "columns"):
         sound = isinstance(value, str) and bool(value.strip())
     elif field == "delta":
         sound = type(value) in (int, float) and 0 < value < math.inf
@@ -160,7 +162,7 @@ def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None,
     if len(tasks) > 1:
         some = min(task.question for task in tasks)
         raise DataError(f"{whose} {len(tasks)} questions, such as {some!r}: say which with --question and --order")
-    return make_task(tasks[0], given)
+    return make_task(tasks[0], {field: given.get(field) for field in FIELDS})
 
 
 def _tasks_of(saved: SavedTask | None, name: str, root: str | None) -> list[Task]:

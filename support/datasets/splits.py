@@ -1,8 +1,10 @@
 """Data sets: the rows that a reader yields are checked, divided into splits, and become items with a task."""
 
 import dataclasses
+import json
 import math
 import os
+import re
 import sys
 from collections import defaultdict
 from functools import partial
@@ -12,23 +14,42 @@ from typing import NamedTuple
 from data import DataError, Item, Task
 from support.datasets.drawings import DRAWN, load_drawn
 from support.datasets.image_files import open_image, unreadable
-from support.datasets.readers import DATASETS, MAX_LABEL, READERS, SPLITS, Row, hash_split, make_task, read_text
+from support.datasets.parquet import read_parquet
+from support.datasets.readers import ANNOTATIONS, DATASETS, READERS
+from support.datasets.rows import SPLITS, Row, hash_split, read_text
+from support.datasets.tasks import MAX_LABEL, make_task, outliers
 
-LISTS = {  # the second ones are AVA's own
-    "train": ("train.txt", "aesthetics_image_lists/generic_ls_train.jpgl"),
-    "val": ("val.txt",),
-    "test": ("test.txt", "aesthetics_image_lists/generic_test.jpgl"),
+LISTS = {  # the third ones are AVA's own
+    "train": ("train.txt", "train", "aesthetics_image_lists/generic_ls_train.jpgl"),
+    "val": ("val.txt", "val"),
+    "test": ("test.txt", "test", "aesthetics_image_lists/generic_test.jpgl"),
 }
 
 
 def read_lists(folder: Path) -> dict[str, str]:
-    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none."""
-    listed: dict[str, str] = {}
+    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none.
+
+    Where there are none, a *split*.json with lists of names train, val, test or train_id, ..., as published for AVA.
+    """
+    names: list[tuple[str, str, Path]] = []
     for split, files in LISTS.items():
-        for file in [folder / f for f in files if os.path.lexists(folder / f)][:1]:
-            for name in filter(None, map(str.strip, read_text(file).splitlines())):
-                if listed.setdefault(name, split) != split:
-                    raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
+        there = [
+            folder / f for f in files if os.path.lexists(folder / f) and not (f == split and (folder / f).is_dir())
+        ]
+        for file in there[:1]:
+            names += [(name, split, file) for name in filter(None, map(str.strip, read_text(file).splitlines()))]
+    for file in [] if names else sorted(folder.glob("*split*.json")):
+        try:
+            content = json.loads(read_text(file))
+            names += [(str(x), s, file) for s in SPLITS for x in content.get(f"{s}_id", content.get(s, []))]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{file} is no list of splits ({error}): it holds {{train: [names], test: [names]}}"
+            ) from None
+    listed: dict[str, str] = {}
+    for name, split, file in names:
+        if listed.setdefault(name, split) != split:
+            raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
     return listed
 
 
@@ -56,11 +77,14 @@ def read_dataset(
 
     Image files must exist, but are not opened. For the arguments see `load_dataset`.
     """
-    overrides = task_overrides or {}
+    overrides = dict(task_overrides or {})
+    columns = overrides.pop("columns", None)
+    if columns and name != "parquet":
+        raise DataError(f"--columns goes with --data parquet, not with {name}")
     if name in DRAWN:
         return _drawn_splits(name, overrides), []
     root, folder = _find_root(name, root)
-    rows = _read_rows(name, root, folder)
+    rows = _read_rows(name, root, folder, columns)
     listed = read_lists(folder)
     chosen, left_out = _check_and_split(rows, folder, listed, skip_bad)
     if listed and not any(name in listed for row in rows for name in row.known_as()):
@@ -85,18 +109,18 @@ def _find_root(name: str, root: str | Path | None) -> tuple[Path, Path]:
         raise DataError(f"--data {name} needs --data-root, the folder it lies in")
     root = Path(os.path.abspath(root))
     is_folder = os.path.isdir(root)  # unlike Path.is_dir, False for any name that no folder can have
-    if not is_folder and not (name in ("coco", "csv", "jsonl") and os.path.isfile(root)):
+    if not is_folder and not (name in ("coco", "csv", "jsonl", "parquet") and os.path.isfile(root)):
         raise DataError(f"--data-root {root} is not a folder")
     folder = root if is_folder else root.parent
-    if name == "coco" and folder.name == "annotations":
+    if name == "coco" and folder.name in ANNOTATIONS:
         folder = folder.parent
     return root, folder
 
 
-def _read_rows(name: str, root: Path, folder: Path) -> list[Row]:
+def _read_rows(name: str, root: Path, folder: Path, columns: str | None) -> list[Row]:
     reader, _ = READERS[name]
     try:
-        return list(reader(root, folder))
+        return list(reader(root, folder) if columns is None else read_parquet(root, folder, columns))
     except OSError as error:  # no permission, a disk that fails
         raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from None
 
@@ -136,6 +160,8 @@ def _what_is_wrong(row: Row, folder: Path, names: dict[str, str], some_have_spli
     number = _number(row.label)
     if not math.isfinite(number):
         shown = repr(str(row.label)[:50]) if isinstance(row.label, str | int | float) else type(row.label).__name__
+        if RANGE.fullmatch(str(row.label)):
+            return f"the label is a range, where one number is needed, such as its middle: {shown}"
         return f"the label is not a finite number: {shown}"
     if abs(number) > MAX_LABEL:
         return f"the label is larger than {MAX_LABEL:g}, so use another unit: {number:g}"
@@ -146,20 +172,27 @@ def _what_is_wrong(row: Row, folder: Path, names: dict[str, str], some_have_spli
     # Without following links: what a data set says must not lead out of its folder; what the user linked there may.
     if not Path(os.path.normpath(row.path)).is_relative_to(folder):
         return f"the path leads out of {folder}, move or link the images into it: {row.path}"
-    if os.path.isfile(row.path):
+    if row.image or os.path.isfile(row.path):
         return ""
     if os.path.lexists(row.path) and not os.path.islink(row.path):
         return f"the image is no regular file: {row.path}"
     return f"the image file does not exist: {row.path}"
 
 
+# Stricter than float(), which reads "1_5" as 15 and the digits of every script.
+NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+RANGE = re.compile(r"\s*\(?\s*[0-9.]+\s*(_|-|–|, |\bto\b)\s*[0-9.]+\s*\)?\s*")
+
+
 def _number(label: object) -> float:
     """A label as a number; nan if it is none."""
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         return math.nan
+    if isinstance(label, str) and not NUMBER.fullmatch(label):
+        return math.nan
     try:
         return float(label)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return math.nan
 
 
@@ -173,7 +206,8 @@ def _make_items(chosen: list[tuple[Row, str]], base: Task, overrides: dict) -> d
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for row, split in chosen:
         path = Path(os.path.normpath(row.path))
-        items[split].append(Item(row.name, _number(row.label), tasks[row.group], partial(open_image, path), path))
+        image = row.image or partial(open_image, path)
+        items[split].append(Item(row.name, _number(row.label), tasks[row.group], image, path))
     return items
 
 
@@ -183,10 +217,11 @@ def load_dataset(
 ) -> list[Item]:  # fmt: skip
     """The items of one split.
 
-    name            dots | dials | utkface | coco | ava | csv | jsonl | folder
-    root            the data set's folder, or the file for csv, jsonl and coco (not needed for the drawn ones)
+    name            dots | dials | utkface | coco | ava | csv | jsonl | folder | parquet
+    root            the data set's folder, or the file for csv, jsonl, coco and parquet (not needed for the drawn ones)
     split           train | val | test, see `choose_split`
-    task_overrides  {"question": ..., "order": ..., "delta": ..., "decimals": ...}; None or absent: the data set's own
+    task_overrides  {"question": ..., "order": ..., "delta": ..., "decimals": ...}; None or absent: the data set's own.
+                    "columns": see parquet.py
     skip_bad        leave out and count what cannot be used, rather than raise. It opens every image of the split
                     beforehand, which takes minutes for a large data set
     Raises DataError when the name is unknown, the folder is not that data set, a row is unusable (the message names its
@@ -211,8 +246,14 @@ def load_splits(
     if skip_bad:
         openable, refused = keep_openable({split: items[split] for split in splits})
         items, left_out = items | openable, left_out + refused
-    if left_out:
-        print(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        if left_out:
+            print(
+                f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)",
+                file=sys.stderr,
+            )
+        if apart := format_outliers(items):
+            print(f"{name}: {apart}", file=sys.stderr)
     for split in splits:
         if not items[split] and split not in may_be_empty:
             raise DataError(f"the {split} split of {name} under {root} is empty ({len(left_out)} left out): add images")
@@ -224,6 +265,19 @@ def keep_openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], 
     wrong = unreadable([item for split in items.values() for item in split])
     good = {split: [item for item in some if item.path not in wrong] for split, some in items.items()}
     return good, [LeftOut("image cannot be used", text, True) for text in wrong.values()]
+
+
+def format_outliers(items: dict[str, list[Item]], examples: int = 5) -> str:
+    """A sentence about labels that lie far from all others, or ""."""
+    apart = outliers([item for some in items.values() for item in some])
+    if not apart:
+        return ""
+    some = ", ".join(f"{item.name} {item.label:g}" for item in apart[:examples])
+    more = ", ..." if len(apart) > examples else ""
+    return (
+        f"{len(apart)} label{' lies' if len(apart) == 1 else 's lie'} far from all others: {some}{more}. Take out what stands "
+        "for unknown, or give --delta and --question, which follow from the labels"
+    )
 
 
 def format_left_out(left_out: list[LeftOut], examples: int = 3) -> str:

@@ -255,7 +255,7 @@ def longest_prompt(s: Settings, model: Any) -> Longest:
 
 
 def size_of(item: data.Item) -> tuple[int, int]:
-    if item.path is None:
+    if item.path is None or not item.path.is_file():  # drawn, or a row of a file
         return item.image().size
     try:
         with Image.open(item.path) as image:  # its header

@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 import torch
 
 from data import DataError
-from support.datasets.saved_task import FIELDS
+from support.datasets.saved_task import GIVEN
 from support.run.settings import is_utf8
 
 
@@ -46,7 +46,7 @@ RANKING = dict(window=4, rounds=2, json=False)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line as a namespace; `given` in it: question, order, delta and decimals as given, None if not."""
+    """The command line as a namespace; `given` in it: question, order, delta, decimals and columns as given, None if not."""
     parser = argparse.ArgumentParser(
         description="Evaluate a policy (tables, its answers, a picture), or let it rank images."
     )
@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _refuse_what_does_not_go_together(parser, args)
     args = argparse.Namespace(**(RANKING if args.rank else EVALUATION) | vars(args))
-    args.given = {field: getattr(args, field) for field in FIELDS}
+    args.given = {field: getattr(args, field) for field in GIVEN}
     return args
 
 
@@ -85,6 +85,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     add("--order", type=_text, help='lowest first, in words: "from the youngest to the oldest"')
     add("--delta", type=float, help="tolerance of R_reg in units of the label")
     add("--decimals", type=int, help="of a value in the reference answer")
+    add("--columns", help="of parquet files: image=COLUMN,label=COLUMN")
     add("--max-pixels", type=_at_least(56 * 56), help="larger images are shrunk to this area (default: the policy's)")
     add("--skip-bad", action=argparse.BooleanOptionalAction, help="leave unreadable images and bad rows out, counted")
 

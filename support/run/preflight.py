@@ -9,13 +9,14 @@ import torch
 import data
 import rarl
 from support.datasets.image_files import unreadable
+from support.datasets.saved_task import GIVEN
 from support.datasets.splits import load_splits
 from support.learner.distributed import World
 from support.run.settings import SettingError, Settings
 
 
 def task_overrides(s: Settings) -> dict[str, Any]:
-    return {name: getattr(s, name) for name in ("question", "order", "delta", "decimals")}
+    return {name: getattr(s, name) for name in GIVEN}
 
 
 def load_items(s: Settings, world: World) -> list[list[data.Item]]:

@@ -34,6 +34,7 @@ class Settings:
     )
     resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
+    columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
     skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
     question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)")
     balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 11)")
@@ -150,7 +151,8 @@ FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "im
          "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "val_samples": 100, "eval_samples": 500,
          "rollout_batch": 8, "eval_batch_size": 8, "max_tokens_per_forward": 16384}  # fmt: skip
 PRESETS = {
-    name: FULL_SIZE | {"data": name, "name": name} for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder")
+    name: FULL_SIZE | {"data": name, "name": name}
+    for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder", "parquet")
 }
 
 
