@@ -196,18 +196,18 @@ class Sampler:
         self.pools = make_pools(items, max(images))
         self.weights = weights and {task: list(accumulate(some)) for task, some in weights.items()}
 
-    def batch(self, step: int, attempt: int = 0) -> list[Sample]:
-        """The `batch_size` samples of step `step` (0, 1, ...). With `attempt`: as many, drawn anew, with as many images."""
+    def batch(self, step: int) -> list[Sample]:
+        """The `batch_size` samples of step `step` (0, 1, ...)."""
         # Cycles of len(images) steps, each number once a cycle in a shuffled order: no run of one number by bad luck.
         cycle, place = divmod(step, len(self.images))
         order = list(self.images)
         random.Random(f"images {self.seed} {cycle}").shuffle(order)
         num_images = order[place]
-        if num_images == 1 and self.weights is None and attempt == 0:
+        if num_images == 1 and self.weights is None:
             # Epochs: where all steps have one image, every item once before any item twice.
             first = step * self.batch_size
             return [Sample((self._epoch_item(first + i),)) for i in range(self.batch_size)]
-        rng = random.Random(f"samples {self.seed} {step}" + (f" {attempt}" if attempt else ""))
+        rng = random.Random(f"samples {self.seed} {step}")
         return [draw_sample(self.pools, num_images, rng, self.weights) for _ in range(self.batch_size)]
 
     def _epoch_item(self, position: int) -> Item:

@@ -29,8 +29,6 @@ Choices and differences:
 Shapes: B prompts, G answers per prompt, N = B*G answers, T answer tokens.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -53,26 +51,10 @@ def bounded_exp(x: Tensor, bound: float = 10.0) -> Tensor:
     return x.clamp(max=bound).exp() * (1 + torch.relu(x - bound))
 
 
-def group_advantages(
-    rewards: Tensor,
-    eps: float = 1e-4,
-    best: float | None = None,
-    floor: float = -math.inf,
-    scale: float | Tensor | None = None,
-) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """A_i = (r_i - mean) / (std + eps) within each group, std of the population (over G).
 
-    The others are rivals of this, for comparison (experiments/README.md):
-
-    best   mean and std are also over this one more reward, the best possible: a group of equal, poor answers is then
-           pushed away from them (NGRPO, arXiv 2509.18851; its other parts are left out)
-    floor  the baseline is max(mean, floor): an answer below it is never encouraged, though it be the best of its group
-           (CoRPO, arXiv 2511.04439)
-    scale  divides in the place of the group's std + eps: 1 for none (Dr. GRPO, arXiv 2503.20783, whose other part, no mean
-           over an answer's tokens, is left out), or the std of the whole batch
-
-    rewards (B, G), any unit -> (B, G), float32 or better. Equal rewards not below the floor, G = 1 included, give exact
-    zeros.
+    rewards (B, G), any unit -> (B, G), float32 or better. Equal rewards, G = 1 included, give exact zeros.
     Raises ValueError unless rewards are finite and (B, G) with G >= 1.
 
     >>> group_advantages(torch.tensor([[1.0, 3.0], [0.3, 0.3]]))  # mean 2, std 1; no spread
@@ -84,37 +66,12 @@ def group_advantages(
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
     rewards = full_precision(rewards)
-    compared = rewards  # (B, G), or (B, G + 1) with the best possible
-    if best is not None:
-        compared = torch.cat([rewards, torch.full_like(rewards[:, :1], best)], 1)
     # The computed mean of equal numbers may differ from them by rounding. Divided by eps, that would be an advantage.
-    low, high = compared.amin(1, keepdim=True), compared.amax(1, keepdim=True)  # (B, 1)
-    mean = torch.where(low == high, low, compared.mean(1, keepdim=True))  # (B, 1)
-    if scale is None:
-        scale = compared.std(1, correction=0, keepdim=True) + eps  # (B, 1)
-    above = rewards - mean.clamp(min=floor)  # (B, G)
-    return (above / scale).masked_fill(above == 0, 0.0)  # 0 / 0 with eps = 0
-
-
-def entropy_advantages(entropy: Tensor, mask: Tensor, good: Tensor, alpha: float = 0.1) -> Tensor:
-    """What RL-ZVP (arXiv 2509.21880) gives to groups without spread: by token, along the entropy H_t of the policy.
-
-        A_t = alpha H_t   where the group's answers are good,    A_t = -alpha (max_t H_t - H_t)   where they are not
-
-    So the tokens at which the policy had a choice are encouraged most, or discouraged least: a rival of RMO, for
-    comparison. alpha is our choice.
-
-    entropy (N, T) in nats, mask (N, T), good (N,) bool -> (N, T), without gradient, 0 where the mask is 0.
-
-    >>> H = torch.tensor([[1.0, 2.0, 9.9], [1.0, 2.0, 9.9]])  # 9.9 is padding
-    >>> entropy_advantages(H, H < 9, torch.tensor([True, False]))
-    tensor([[ 0.1000,  0.2000,  0.0000],
-            [-0.1000,  0.0000,  0.0000]])
-    """
-    padding = ~mask.bool()  # (N, T)
-    entropy = full_precision(entropy.detach()).masked_fill(padding, 0.0)  # (N, T), never negative
-    below = entropy - entropy.amax(1, keepdim=True)  # (N, T)
-    return alpha * torch.where(good[:, None], entropy, below).masked_fill(padding, 0.0)
+    low, high = rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True)  # (B, 1)
+    mean = torch.where(low == high, low, rewards.mean(1, keepdim=True))  # (B, 1)
+    std = rewards.std(1, correction=0, keepdim=True)  # (B, 1)
+    above = rewards - mean  # (B, G)
+    return (above / (std + eps)).masked_fill(above == 0, 0.0)  # 0 / 0 with eps = 0
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -149,7 +106,7 @@ def grpo_loss(
     logp        (N, T)  log pi_theta of the answer tokens; the gradient goes through it alone
     old_logp    (N, T)  that of pi_old, the policy before the first update on these answers; None: the ratio is 1
     ref_logp    (N, T)  that of the reference; None: no KL term
-    advantages  (N,)    one per answer: group_advantages(rewards).flatten(); or (N, T), one per token
+    advantages  (N,)    one per answer: group_advantages(rewards).flatten()
     mask        (N, T)  0/1 or bool; 1 on answer tokens up to and including the first EOS. Values where it
                         is 0 do not matter, not even nan and inf. An answer without tokens adds 0.
     normalize           "sequence": mean over answers of their mean over tokens; "token": mean over all tokens
@@ -180,8 +137,8 @@ def grpo_loss(
     for name, x in (("old_logp", old_logp), ("ref_logp", ref_logp), ("mask", mask)):
         if x is not None and x.shape != logp.shape:
             raise ValueError(f"{name} must be {tuple(logp.shape)} like logp, not {tuple(x.shape)}")
-    if advantages.shape not in (logp.shape[:1], logp.shape):
-        raise ValueError(f"advantages must be (N,) = ({logp.shape[0]},) or like logp, not {tuple(advantages.shape)}")
+    if advantages.shape != logp.shape[:1]:
+        raise ValueError(f"advantages must be (N,) = ({logp.shape[0]},), not {tuple(advantages.shape)}")
     if normalize not in ("sequence", "token"):
         raise ValueError(f'normalize must be "sequence" or "token", not {normalize!r}')
 
@@ -194,7 +151,7 @@ def grpo_loss(
     logp = answers_only(logp)
     # old_logp is detached: a caller may pass logp itself, and the gradient of the ratio would cancel without a word.
     old_logp = logp.detach() if old_logp is None else answers_only(old_logp.detach())
-    advantage = advantages.detach().to(logp.dtype).reshape(len(logp), -1)  # (N, 1) or (N, T)
+    advantage = advantages.detach().to(logp.dtype)[:, None]  # (N, 1)
 
     ratio = bounded_exp(logp - old_logp)  # (N, T)
     unclipped = ratio * advantage  # (N, T)

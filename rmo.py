@@ -21,9 +21,6 @@ Not stated, so ours:
 5. Earlier high-reward answers: a prompt of several random images hardly ever comes twice, so whole earlier
    answers would not serve. The history keeps the best value that an earlier answer gave for each image
    (`remember`, `merge`), and `recall` makes an answer of them, in the order of these values.
-6. Crossing two earlier answers: the paper sees RMO as a step towards evolutionary strategies and leaves the next one
-   open. Ours crosses two answers of the group itself, the values of the one in the order of the other (`cross`): an
-   answer holds both, they are scored apart, and so the child earns the R_reg of the one and the R_rank of the other.
 
 The caller scores the returned answers again and computes the advantages from those rewards. The policy did
 not sample the mutated answers. With one update per rollout they are scored like the others (old_logp=None in
@@ -40,7 +37,7 @@ from collections.abc import Sequence
 
 import torch
 
-SPREAD, POOR = 0.1, 0.5  # shares of the best possible reward: see `mutate`
+SPREAD, POOR = 0.05, 0.7  # shares of the best possible reward: see `mutate`
 
 
 def uniforms(rng, n: int) -> list[float]:
@@ -157,15 +154,3 @@ def recall(history: History, names: Sequence[str], tolerance: float) -> list[tup
     if any(error >= tolerance for error, _ in entries):
         return []
     return sorted(((i, value) for i, (_, value) in enumerate(entries, start=1)), key=lambda entry: (entry[1], entry[0]))
-
-
-def cross(values: Sequence[tuple[int, float]], order: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The values of one answer, listed in the order of another to the same prompt.
-
-    values, order  each the (image_id, value) of the same images
-
-    >>> cross([(1, 9.0), (2, 5.0)], [(2, 7.0), (1, 7.0)])
-    [(2, 5.0), (1, 9.0)]
-    """
-    value_of = dict(values)
-    return [(image, value_of[image]) for image, _ in order]

@@ -28,21 +28,18 @@ Shapes: B prompts of this process, G answers per prompt, N = B*G (answer g of pr
 import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
 
 # isort: split
-import dataclasses
-import math
 import os
 import random
 import sys
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -50,20 +47,20 @@ import grpo
 import rarl
 import reward
 import rmo
-from support import rivals
-from support.datasets.balance import task_weights
-from support.datasets.loader import load_steps
 from support.datasets.saved_task import save_task
-from support.learner.distributed import Learner, micro_batches_on_all_ranks, start_world
+from support.learner.learner import Learner
 from support.learner.plan import plan_text
 from support.learner.policies import load_start
+from support.learner.stage import Batch, Stage, seed_of
+from support.learner.world import start_world
 from support.run.checkpoints import Checkpoints, check_policy
 from support.run.interrupts import Interrupted, Stop, leave, lost_process
-from support.run.preflight import load_items, preflight, task_overrides, validation_prompts
+from support.run.preflight import load_items, make_stage, task_overrides
 from support.run.run_folder import RunFolder
 from support.run.settings import SettingError, Settings, parse_settings
+from support.run.stage_run import StageRun
 from support.show.model_card import what_was_learned, write_model_card
-from support.show.monitor import Monitor, UpdateMetrics, dead_base
+from support.show.monitor import UpdateLog, dead_base
 from support.show.pictures import draw_predictions
 from support.show.results import Results, remarks, results_table
 from support.show.tables import mean
@@ -77,85 +74,48 @@ HERE = Path(__file__).resolve().parent
 # The method
 
 
-def train_stage(
-    stage: "Stage", learner: Learner, folder: RunFolder, checkpoints: Checkpoints, resume_from: str | None, stop: Stop
-) -> None:
-    """Run one stage of the method, from its first step or from the checkpoint `resume_from`."""
-    s, world = learner.settings, learner.world
-    optimizer = learner.begin_stage()  # sets the reference too: the policy as it is now, before a checkpoint is loaded
-    first, history, best = checkpoints.restore(resume_from, learner, optimizer)
-    base = folder.read_results().get("base", {})
-    with Monitor(folder.path, stage.number, first, stage.steps, world, s, base) as monitor, stop.deferred():
-        for step, samples, prompts in load_steps(stage.sampler, learner.policy, world, first, stage.steps, s.workers):
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * learning_rate(step, stage.steps, s.warmup)
-            learner.prepare(prompts)
-            learner.clock.lap("data")
-
-            batch = collect(learner, stage, step, samples, prompts, history)  # rollout, reward, mutate, advantage
+def train_stage(stage: Stage, learner: Learner, run: StageRun) -> None:
+    """Run one stage of the method, from its first step or from where `run` goes on."""
+    optimizer = learner.begin_stage()  # AdamW; and pi_ref becomes what the policy is now
+    with run.started(stage, learner, optimizer):
+        for step, samples, prompts in run.steps():
+            learner.set_learning_rate(optimizer, learning_rate(step, stage.steps, learner.settings.warmup))
+            batch = collect(learner, stage, step, samples, prompts, run.history)  # rollout, reward, mutate, advantage
             metrics = update(learner, optimizer, batch)  # loss, step
-            learner.clock.lap("update")
-            learner.sync_rollout_policy()
-            learner.clock.lap("sync")
-
-            if s.rmo_source == "history":
-                history = rmo.merge(history, *world.gather(remembered(batch)))
-            monitor.log(step, batch, metrics, batch.max_reward, learner.clock.take())
-            done = step + 1
-            if stage.validation and (done == stage.steps or done % s.validate_every == 0):
-                share, rows = validate(learner, stage)
-                best.offer(share, done, learner.policy)
-                monitor.log_validation(step, share, rows)
-            stopped = max(world.gather(stop.signal))
-            # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
-            if monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
-                checkpoints.save(stage.number, done, learner, optimizer, history, best)
-            if stopped:
-                raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
-            learner.clock.lap("other")  # what is between two steps
-    best.give_back(learner)
+            run.after_step(step, batch, metrics)  # history, log, validation, checkpoint, stop
 
 
-def collect(learner: Learner, stage: "Stage", step: int, samples: list, prompts: list, history: rmo.History) -> "Batch":
-    """rollout -> reward -> mutate -> advantage, on this rank's B prompts."""
-    s, world = learner.settings, learner.world
-    B = len(samples)
-    # What is drawn at random for a prompt is seeded by its number in the whole batch, whichever rank has it.
-    keys = [(s.seed, stage.number, step, number) for number in range(world.rank, B * world.size, world.size)]
+def collect(
+    learner: Learner, stage: Stage, step: int, samples: list[data.Sample], prompts: list[data.Prompt], history: rmo.History
+) -> Batch:  # fmt: skip
+    """rollout -> reward -> mutate -> advantage, on this process's B prompts."""
+    G, policy = learner.settings.group_size, learner.rollout_policy
+    keys = learner.random_keys(stage.number, step, len(samples))  # B, of the random generators of each prompt
 
-    # rollout: G answers to each prompt. reward: of each of them
-    rolled, redrawn = roll_out(learner, stage, samples, prompts, keys), 0
-    if s.resample:
-        rolled, redrawn = rivals.resample(roll_out, learner, stage, step, rolled, keys)
-    learner.clock.lap("rollout")
-    samples, prompts, rollout, texts, rewards = rolled  # the last two: N
-    if s.w_rank_schedule == "adaptive":
-        stage = rivals.with_adaptive_rank_weight(stage, world, rewards)
-        rewards = score(stage, texts, samples)
+    # rollout: G answers to each of B prompts
+    rollout = roll_out(learner, stage, prompts, keys)
+    texts = rarl.decode(policy, rollout.ids, rollout.mask)  # N
+
+    # reward: R_final of each of them
+    sampled_rewards = [stage.reward(text, samples[i // G]) for i, text in enumerate(texts)]  # N
 
     # mutate: a good answer into groups that are all alike and poor. It is then scored like the others
-    texts, mutated = mutate_groups(s, stage, samples, texts, rewards, history, keys)
-    scored = [stage.reward(texts[i], samples[i // s.group_size]) if mutated[i] else r for i, r in enumerate(rewards)]
+    texts, mutated = mutate_groups(learner.settings, stage, samples, texts, sampled_rewards, history, keys)
+    rewards = [stage.reward(texts[i], samples[i // G]) if mutated[i] else r for i, r in enumerate(sampled_rewards)]
 
     # advantage, from the rewards after mutation
-    totals = torch.tensor([r.total for r in scored], dtype=torch.float64).view(B, s.group_size)
-    most = stage.weights.max_reward(len(samples[0].items))
-    if s.advantage == "group":
-        advantages = grpo.group_advantages(totals).float()  # (B, G)
-    else:
-        advantages = rivals.advantages(s, stage.weights, scored, totals, most, world)
+    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(-1, G)  # (B, G)
+    advantages = grpo.group_advantages(totals).float()  # (B, G)
 
-    answers = with_mutated(learner.rollout_policy, rollout, mutated, texts)
-    learner.clock.lap("reward")
+    answers = with_mutated(policy, rollout, mutated, texts)
     return Batch(
         prompts, answers.ids, answers.mask, answers.logp, torch.tensor(mutated), advantages,
-        good=totals.amax(1) > s.rmo_poor * most, samples=samples, texts=texts, rewards=rewards, scored=scored, redrawn=redrawn,
-        max_reward=most,
-        sampled_tokens=rollout.mask.sum(1),
+        samples=samples, texts=texts, sampled_rewards=sampled_rewards, rewards=rewards,
+        sampled_tokens=rollout.mask.sum(1), max_reward=stage.weights.max_reward(len(samples[0].items)),
     )  # fmt: skip
 
 
-def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -> dict[str, Any]:
+def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
     """The GRPO update on one batch, `updates` times. -> what to log; "bad" is True if a step was skipped.
 
     The ratio's old log-probs are those of this function's own first pass, not those that the rollout recorded: sampling
@@ -163,161 +123,43 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: "Batch") -
     had moved. With one update per rollout the ratio is 1 exactly. A mutated answer was never sampled; its old log-prob
     is that of the first pass too, so it is treated as if the policy had written it.
     """
-    s, policy, world = learner.settings, learner.policy, learner.world
-    micros, count = micro_batches_on_all_ranks(learner, batch)
-    # transformers checkpoints activations in training mode only; there is no dropout that this could switch on.
-    policy.train(s.activation_checkpointing)
+    s = learner.settings
+    micros, denominator = learner.micro_batches(batch)  # what fits into one forward; answers (or tokens) of all of them
     old_logps: list[Tensor] = []  # (N, T) of each micro-batch: the policy before the first update
-    advantages: list[Tensor] = []  # (N,) of each; or (N, T)
-    log: dict[str, Any] = {}
+    log = UpdateLog(learner.world, s.max_tokens_per_forward)
     for epoch in range(s.updates):
-        metrics = UpdateMetrics(s.max_tokens_per_forward)
-        for i, (micro, weight) in enumerate(micros):
-            with learner.autocast():
-                logp, entropy = rarl.logprobs(policy, micro.prompts, micro.ids, micro.mask, s.temperature)  # (N, T)
-                ref_logp = learner.reference_logprobs(micro)  # (N, T), or None if beta is 0
+        for i, micro in enumerate(micros):
+            logp, entropy = learner.logprobs(micro)  # (N, T)
+            ref_logp = learner.reference_logprobs(micro)  # (N, T), or None if beta is 0
             if epoch == 0:
                 old_logps.append(logp.detach())
-                by_token = s.advantage == "rl-zvp"
-                advantages.append(rivals.token_advantages(micro, entropy) if by_token else micro.advantages.flatten())
             loss, stats = grpo.grpo_loss(
                 logp,
                 old_logps[i] if epoch else None,  # None: on-policy, ratio 1
                 ref_logp,
-                advantages[i].to(logp.device),
+                micro.advantages.flatten().to(logp.device),  # (N,)
                 micro.mask,
                 s.clip_low,
                 s.clip_high,
                 s.beta,
                 s.normalize,
-                denominator=count / world.size,  # FSDP averages gradients over ranks; the loss is a sum over them
+                denominator,
             )
-            (weight * loss).backward()
-            if weight:
-                metrics.add(micro, logp, entropy, loss, stats)
-        grad_norm = learner.clip_gradients() if micros else 0.0
-        measured = metrics.over_all_ranks(world)
-        # The norm is the same on all ranks, and so is the loss: they skip together or not at all.
-        bad = not (math.isfinite(grad_norm) and math.isfinite(measured["loss"]))
-        if micros and not bad:
-            optimizer.step()
-        optimizer.zero_grad()
-        if epoch == 0:
-            log = measured | {"grad_norm": grad_norm}
-        else:  # how far the policy has moved from the one that sampled
-            log |= {name: measured.get(name) for name in ("ratio", "clip_low", "clip_high")}
-        log["bad"] = bad
+            learner.backward(loss, micro)
+            log.add(micro, logp, entropy, loss, stats)
+        grad_norm, bad = learner.step(optimizer, log.mean_loss())  # clips the gradient; skips what is not finite
+        log.close_epoch(grad_norm, bad)
         if bad:
             break
-    policy.eval()
-    return log
+    return log.metrics
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the method needs: a stage, its rewards, a batch
+# The parts of `collect`
 
 
-@dataclass(frozen=True)
-class RewardWeights:
-    """Of R_reg, R_rank and R_format in R_final. Stage 1 has one image in a prompt, so no order."""
-
-    w_reg: float
-    w_rank: float
-    w_format: float
-
-    def max_reward(self, num_images: int) -> float:
-        return self.w_reg + self.w_format + (self.w_rank if num_images > 1 else 0.0)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """All that a stage is, before it starts.
-
-    Stage 1: one image, regression (and format). Stage 2: several images, everything.
-    """
-
-    number: int
-    steps: int
-    sampler: data.Sampler
-    weights: RewardWeights
-    max_new_tokens: int  # the longest answer
-    validation: dict[int, list[data.Sample]] = dataclasses.field(default_factory=dict)  # number of images -> prompts
-
-    def reward(self, text: str, sample: data.Sample) -> reward.Reward:
-        return reward.compute_reward(text, sample.labels, sample.task.delta, **dataclasses.asdict(self.weights))
-
-
-def make_stage(
-    number: int,
-    policy: rarl.Policy,
-    items: list[data.Item],
-    val_items: list[data.Item],
-    s: Settings,
-    show: bool = False,
-) -> Stage:
-    """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
-    steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
-    weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
-    weights_of_items = task_weights(items) if s.balance else None
-    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), weights_of_items)
-    every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
-    tries = range(s.resample + 1)
-    samples = [sample for step in every_step for attempt in tries for sample in sampler.batch(step, attempt)]
-    length = s.max_new_tokens or data.max_answer_tokens(policy, samples)
-    validation = validation_prompts(val_items, num_images, s.val_samples)
-    stage = Stage(number, steps, sampler, weights, length, validation)
-    preflight(policy, samples, stage)
-    return stage
-
-
-@dataclass
-class Batch:
-    """What a rollout leaves for the update, this rank's part. N = B*G rows, answer g of prompt b in row b*G + g.
-
-    The second block is for the log alone and empty in a micro-batch.
-    """
-
-    prompts: list  # B
-    ids: Tensor  # (N, T)
-    mask: Tensor  # (N, T) bool
-    sampled_logp: Tensor  # (N, T), 0 at mutated answers
-    mutated: Tensor  # (N,) bool
-    advantages: Tensor  # (B, G)
-    good: Tensor | None = None  # (B,) bool, groups with an answer that is not poor; --advantage rl-zvp needs it
-
-    samples: list[data.Sample] = dataclasses.field(default_factory=list)  # B
-    texts: list[str] = dataclasses.field(default_factory=list)  # N, after mutation
-    rewards: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, of the answers as sampled
-    scored: list[reward.Reward] = dataclasses.field(default_factory=list)  # N, after mutation
-    sampled_tokens: Tensor | None = None  # (N,), lengths as sampled
-    redrawn: int = 0  # prompts that --resample drew anew
-    max_reward: float = 1.0  # the most that an answer of this step could earn
-
-    def take(self, groups: list[int]) -> "Batch":
-        """Some of the groups, as wide as their longest answer."""
-        G = self.advantages.shape[1]
-        rows = (torch.tensor(groups)[:, None] * G + torch.arange(G)).flatten()  # (their N,)
-        width = int(self.mask[rows].sum(1).max())
-        ids, mask, sampled_logp = (x[rows, :width] for x in (self.ids, self.mask, self.sampled_logp))
-        prompts = [self.prompts[b] for b in groups]
-        good = self.good if self.good is None else self.good[groups]
-        return Batch(prompts, ids, mask, sampled_logp, self.mutated[rows], self.advantages[groups], good)
-
-
-class Rolled(NamedTuple):
-    """B prompts and N = B*G answers to them."""
-
-    samples: list[data.Sample]
-    prompts: list[data.Prompt]
-    rollout: rarl.Rollout
-    texts: list[str]
-    rewards: list[reward.Reward]
-
-
-def roll_out(
-    learner: Learner, stage: Stage, samples: list[data.Sample], prompts: list[data.Prompt], keys: list[tuple]
-) -> Rolled:
-    """G answers to each of B prompts, `rollout_batch` prompts at a time, and what they earn."""
+def roll_out(learner: Learner, stage: Stage, prompts: list[data.Prompt], keys: list[tuple]) -> rarl.Rollout:
+    """G answers to each of B prompts, `rollout_batch` prompts at a time."""
     s, policy = learner.settings, learner.rollout_policy
     generators = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
     rollouts = []
@@ -326,15 +168,8 @@ def roll_out(
         rollouts.append(
             rarl.generate(policy, prompts[part], s.group_size, stage.max_new_tokens, s.temperature, generators[part])
         )
-    rollout = rarl.concatenate(rollouts, policy.eos_id)
-    texts = rarl.decode(policy, rollout.ids, rollout.mask)
-    return Rolled(samples, prompts, rollout, texts, score(stage, texts, samples))
-
-
-def score(stage: Stage, texts: list[str], samples: list[data.Sample]) -> list[reward.Reward]:
-    """The rewards of N answers to B prompts, G each."""
-    G = len(texts) // len(samples)
-    return [stage.reward(text, samples[i // G]) for i, text in enumerate(texts)]
+    learner.clock.lap("rollout")
+    return rarl.concatenate(rollouts, policy.eos_id)
 
 
 def mutate_groups(
@@ -345,12 +180,10 @@ def mutate_groups(
     mutated_texts, mutated = [], []
     for b, (sample, key) in enumerate(zip(samples, keys, strict=True)):
         group = slice(b * s.group_size, (b + 1) * s.group_size)
-        totals = [r.total for r in rewards[group]]  # G
-        to_be_replaced = sorted(totals)[: s.rmo_k]
         answers, changed = rmo.mutate(
             texts[group],
-            totals,
-            references_for(stage, sample, s.rmo_source, history, rewards[group], max(to_be_replaced, default=0.0)),
+            [r.total for r in rewards[group]],
+            references_for(s, stage, sample, history, rewards[group]),
             s.rmo_k,
             s.rmo_probability,
             spread=s.rmo_spread,
@@ -364,36 +197,18 @@ def mutate_groups(
 
 
 def references_for(
-    stage: Stage, sample: data.Sample, source: str, history: rmo.History, group: list[reward.Reward], replaced: float
+    s: Settings, stage: Stage, sample: data.Sample, history: rmo.History, group: list[reward.Reward]
 ) -> list[str]:
-    """The good answers that RMO may put into a group: the ground truth; one made of earlier answers' best values; or a
-    crossing of two answers of the group, the values of the one and the order of the other.
+    """The good answers that RMO may put into a group: the ground truth, or one made of earlier answers' best values.
 
-    group     rewards of the group's G answers
-    replaced  the best reward among the answers that would be replaced; an answer that is not the truth must earn more
+    group  rewards of the group's G answers. An answer that is not the truth must earn more than those it would replace.
     """
-    if source == "truth":
+    if s.rmo_source == "truth":
         return [data.reference_answer(sample)]
-    if source == "history":
-        entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
-    else:
-        valid = [(r, r.answer) for r in group if r.answer]
-        best = lambda part: max(valid, key=lambda pair: getattr(pair[0], part))[1]
-        entries = rmo.cross(best("regression"), best("ranking")) if valid else []
+    entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
     text = data.format_answer((i, f"{value:.12g}") for i, value in entries)
-    return [text] if entries and stage.reward(text, sample).total > replaced else []
-
-
-def remembered(batch: Batch) -> rmo.History:
-    """The best value that the policy's own answers of this step gave for each image."""
-    G = batch.advantages.shape[1]
-    groups = [batch.rewards[b * G : (b + 1) * G] for b in range(len(batch.samples))]
-    return rmo.merge(
-        *(
-            rmo.remember([item.name for item in sample.items], sample.labels, [r.answer for r in group])
-            for sample, group in zip(batch.samples, groups, strict=True)
-        )
-    )
+    replaced = sorted(r.total for r in group)[: s.rmo_k]
+    return [text] if entries and stage.reward(text, sample).total > max(replaced, default=0.0) else []
 
 
 def with_mutated(policy: rarl.Policy, rollout: rarl.Rollout, mutated: list[bool], texts: list[str]) -> rarl.Rollout:
@@ -415,11 +230,6 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
-
-
-def seed_of(*key) -> int:
-    """A 63-bit seed for a key such as (seed, stage, step, prompt): each has a stream of its own, on any rank."""
-    return random.Random(repr(key)).getrandbits(63)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -511,7 +321,8 @@ def run(s: Settings, stop: Stop) -> Results:
             report(start.row)
         for stage in stages:
             resume_from = start.checkpoint if stage.number == start.stage else None
-            train_stage(stage, learner, folder, checkpoints, resume_from, stop)
+            ask = partial(validate, learner, stage)
+            train_stage(stage, learner, StageRun(folder, checkpoints, resume_from, stop, ask))
             folder.save_policy(
                 learner,
                 stage.number,

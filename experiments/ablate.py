@@ -2,7 +2,7 @@
 
     python -m experiments.ablate reward          # joint reward, regression only, ranking only, imitation
     python -m experiments.ablate rmo             # RMO and its rivals where most groups are alike and poor
-    python -m experiments.ablate stages          # two stages, one, and one whose ranking weight adapts by itself
+    python -m experiments.ablate stages          # two stages against one
 
 and questions that the summaries of the paper ask or leave open:
 
@@ -53,10 +53,10 @@ DATA = {"--data", "--data-root", "--question", "--order"}
 
 @dataclass
 class Variant:
-    """What is not said by a list of changes alone: another program, another data set for the evaluation."""
+    """What is not said by a list of changes alone: a rival of the method, another data set for the evaluation."""
 
     changes: list[str] = field(default_factory=list)
-    program: str = "train.py"
+    rival: str | None = None
     evaluate_on: str | None = None
 
     @property
@@ -81,16 +81,15 @@ def labelled(name: str) -> list[str]:
 
 
 def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
-    """What helps where the answers of a group are all alike; see grpo.py and support/rivals.py.
+    """What helps where the answers of a group are all alike; see rivals.py.
 
     All have the same steps. Dynamic sampling asks for up to three times as many answers in one (`redrawn` says how many).
     """
     return {
         "RMO": start,
         "nothing": [*start, *NO_RMO],
-        "dynamic sampling": [*start, *NO_RMO, "--resample", "2"],
-        "NGRPO": [*start, *NO_RMO, "--advantage", "ngrpo"],
-        "RL-ZVP": [*start, *NO_RMO, "--advantage", "rl-zvp"],
+        "dynamic sampling": Variant([*start, *NO_RMO], "dynamic-sampling"),
+        "NGRPO": Variant([*start, *NO_RMO], "ngrpo"),
     }
 
 
@@ -99,19 +98,23 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
         "joint": EIGHT,
         "regression only": [*EIGHT, "--w-rank", "0"],
         "ranking only": [*EIGHT, "--w-reg", "0"],
-        "imitation": Variant([*EIGHT, "--beta", "0"], program="experiments/imitate.py"),
+        "imitation": Variant([*EIGHT, "--beta", "0"], "imitation"),
     },
     "rmo": rmo_and_rivals(TIGHT),
     "rmo_unseen": rmo_and_rivals(UNSEEN),
     "rmo_default": {"RMO": [], "nothing": NO_RMO},
     "rmo_k": {f"k = {k}": ["--delta", "1", "--rmo-k", str(k)] for k in (0, 1, 2, 4)},
-    "rmo_source": {source: [*TIGHT, "--rmo-source", source] for source in ("truth", "history", "cross")},
+    "rmo_source": {
+        "truth": TIGHT,
+        "history": [*TIGHT, "--rmo-source", "history"],
+        "crossed": Variant(TIGHT, "crossed"),
+    },
     "advantage": {
         "GRPO": [],
-        "Dr. GRPO": ["--advantage", "dr-grpo"],
-        "batch std": ["--advantage", "batch"],
-        "GDPO": ["--advantage", "gdpo"],
-        "CoRPO": ["--advantage", "corpo"],
+        "Dr. GRPO": Variant(rival="dr-grpo"),
+        "batch std": Variant(rival="batch-std"),
+        "GDPO": Variant(rival="gdpo"),
+        "CoRPO": Variant(rival="corpo"),
         "token mean": ["--normalize", "token"],
     },
     "transfer": {
@@ -125,7 +128,7 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.1, 0.3, 1, 3, 10)},
     "weights_skewed": {f"rank x {w}": [*labelled("dots-skewed"), "--w-rank", str(w)] for w in (0.1, 1, 10)},
     "balance": {"labels as they are": labelled("dots-skewed"), "drawn evenly": [*labelled("dots-skewed"), "--balance"]},
-    "stages": {"two": [], "one": ONE_STAGE, "one, adaptive": [*ONE_STAGE, "--w-rank-schedule", "adaptive"]},
+    "stages": {"two": [], "one": ONE_STAGE},
     "noise": {
         f"{name}, noise {std}": [*(labelled(f"dots-noise-{std}") if std else []), *reward]
         for std in (0, 2, 4, 8)
@@ -145,12 +148,12 @@ def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     arguments = [*BUDGET, *what.changes, "--seed", str(seed), *more]
     # The name says how the settings differ from BUDGET's. So equal runs of two experiments are one run.
     usual, settings = comparable(parse_settings(BUDGET)), comparable(parse_settings(arguments))
-    words = [] if what.program == "train.py" else [Path(what.program).stem]
+    words = [what.rival] if what.rival else []
     words += [f"{key}-{str(value)[:24]}" for key, value in settings.items() if key != "seed" and value != usual[key]]
     name = f"ablate-{slug('-'.join([*words, f'seed-{seed}']))}"
     if len(name) > 150:  # too long for a folder; what is cut off, the seed among it, must still tell runs apart
         name = f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
-    return plan(name, arguments, what.program, what.evaluate_on)
+    return plan(name, arguments, what.rival, what.evaluate_on)
 
 
 def lost_differences(experiment: str, runs: dict[str, list[Run]]) -> list[str]:
@@ -184,7 +187,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise CommandError("--seeds must all differ")
     more = argv[cut + 1 :]
     given = {argument.split("=")[0] for argument in more}
-    if ours := {"--name", "--seed", "--resume", "--plan"} & given:
+    if ours := {"--name", "--seed", "--resume"} & given:
         raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
     args.experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
     drawings = [e for e in args.experiments if any(variant_of(e, name).names_data for name in EXPERIMENTS[e])]

@@ -35,13 +35,14 @@ class Run:
     """One training run, and the data set that its last policy is evaluated on.
 
     settings     what its settings.json will hold
+    rival        of the method, see rivals.py; None: the method itself
     evaluate_on  name of the data set; None: the test split of the training's own
     """
 
     name: str
     arguments: list[str]
     settings: dict
-    program: str = "train.py"
+    rival: str | None = None
     evaluate_on: str | None = None
 
     @property
@@ -84,11 +85,11 @@ class Run:
         return self.is_ours() and self.saved_settings().keys() == self.settings.keys()
 
 
-def plan(name: str, arguments: list[str], program: str = "train.py", evaluate_on: str | None = None) -> Run:
+def plan(name: str, arguments: list[str], rival: str | None = None, evaluate_on: str | None = None) -> Run:
     """Raises SettingError if train.py would refuse the settings."""
     arguments = ["--name", name, *arguments]
     settings = json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments))))
-    run = Run(name, arguments, settings, program, evaluate_on)
+    run = Run(name, arguments, settings, rival, evaluate_on)
     if not run.steps:
         raise SettingError("--steps1 and --steps2 are both 0: nothing would be trained")
     return run
@@ -142,7 +143,8 @@ class Trainer:
     def train_unless_done(self, run: Run) -> None:
         if not run.is_done():
             resume = ["--resume"] if run.can_be_resumed() else []
-            self.call(run, [run.program, *run.arguments, *resume], log_mode="w")
+            program = ["-m", "experiments.rivals", run.rival] if run.rival else [str(ROOT / "train.py")]
+            self.call(run, [*program, *run.arguments, *resume], log_mode="w")
 
     def evaluate_unless_done(self, run: Run) -> None:
         if run.evaluate_on is None or run.results.exists():
@@ -151,13 +153,13 @@ class Trainer:
         words = ["--model", run.folder / f"stage{max(run.stages)}", "--data", run.evaluate_on, "--seed", 0,
                  "--images", *sorted({1, *s["images"]}), "--samples", s["eval_samples"], "--device", s["device"],
                  "--batch-size", s["eval_batch_size"], "--out", run.results.parent]  # fmt: skip
-        self.call(run, ["eval.py", *map(str, words)], log_mode="a")
+        self.call(run, [str(ROOT / "eval.py"), *map(str, words)], log_mode="a")
 
     def call(self, run: Run, words: list[str], log_mode: str) -> None:
         """Run one of the project's programs. Raises CommandError with its last line if it fails."""
         log = run.folder.with_name(run.name + ".log")
-        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a program in experiments/
+        command = [sys.executable, *words]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a module of experiments/
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with self.lock:
             if self.stopped:
@@ -223,8 +225,8 @@ def read_run(run: Run) -> Outcome:
         logs = {}
         for line in file.read_text(encoding="utf-8").splitlines():
             log = json.loads(line)
-            if run.program != "train.py":  # imitation has no groups of answers
-                log |= dict.fromkeys(("advantage_var", "zero_spread", "mutated", "redrawn"))
+            if run.rival == "imitation":  # it has no groups of answers
+                log |= dict.fromkeys(("advantage_var", "zero_spread", "mutated"))
             logs[log["stage"], log["step"]] = log
         if len(logs) != run.steps:
             raise ValueError(f"it should have {run.steps} steps")

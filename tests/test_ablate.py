@@ -88,7 +88,7 @@ def test_a_row_is_read_from_the_last_stage_and_the_steps(here):
 
 
 def test_imitation_has_no_groups_of_answers(here):
-    run = finish(runs.plan("run", SHORT, program="experiments/imitate.py"))
+    run = finish(runs.plan("run", SHORT, rival="imitation"))
     assert math.isnan(runs.read_run(run).row["mutated"]) and not math.isnan(runs.read_run(run).row["entropy"])
 
 
@@ -425,7 +425,6 @@ def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
         (["rmo", "--", "--name", "mine"], "--name"),
         (["rmo", "--", "--seed", "9"], "--seed"),
         (["rmo", "--", "--resume"], "--resume"),
-        (["rmo", "--", "--plan"], "--plan"),
         (["rmo", "--", "--steps1", "0", "--steps2", "0"], "nothing would be trained"),
         (["noise", "--", "--preset", "utkface"], "noise is about drawings .* leave out --preset"),
         (["transfer", "--", "--data=coco"], "transfer is about drawings .* leave out --data"),
@@ -459,9 +458,9 @@ def test_equal_runs_of_two_experiments_are_one_and_different_ones_are_not():
     for e, of in ablate.EXPERIMENTS.items():
         for v in of:
             run = ablate.plan_run(e, v, 0, [])
-            assert settings.setdefault(run.name, (run.settings, run.program)) == (run.settings, run.program)
+            assert settings.setdefault(run.name, (run.settings, run.rival)) == (run.settings, run.rival)
     imitation = ablate.plan_run("reward", "imitation", 0, [])
-    assert imitation.program == "experiments/imitate.py" and imitation.name.startswith("ablate-imitate-")
+    assert imitation.rival == "imitation" and imitation.name.startswith("ablate-imitation-")
     long = ["--question", "How many dots? " * 20]
     names = {ablate.plan_run("reward", "joint", seed, long).name for seed in (0, 1)}
     assert len(names) == 2 and all(len(name) <= 150 for name in names)

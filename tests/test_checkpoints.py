@@ -7,7 +7,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import support.run.checkpoints as checkpoints_file
-from support.learner.distributed import Learner, World, make_optimizer_state
+from support.learner.learner import Learner, make_optimizer_state
+from support.learner.world import World
 from support.run.checkpoints import Checkpoints
 from support.run.settings import SettingError, Settings
 

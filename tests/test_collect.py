@@ -13,8 +13,10 @@ import rarl
 import reward
 import train
 from support.datasets import load_dataset
-from support.learner.distributed import Learner, World, micro_batches
+from support.learner.learner import Learner, micro_batches
+from support.learner.world import World
 from support.run.settings import Settings
+from support.run.stage_run import remembered
 
 CPU = World(0, 1, torch.device("cpu"))
 G = 4
@@ -60,7 +62,7 @@ def test_mutated_answers_are_scored_again(policy, items):
     assert mutated.sum(1).tolist() == [1, 1, 1]
     torch.testing.assert_close(batch.advantages[mutated], torch.full((3,), 3**0.5), rtol=1e-3, atol=0)
     torch.testing.assert_close(batch.advantages[~mutated], torch.full((9,), -(3**-0.5)), rtol=1e-3, atol=0)
-    assert [r.total for r in batch.rewards] == [0] * 12  # the log's are those of the sampled answers
+    assert [r.total for r in batch.sampled_rewards] == [0] * 12  # the log's are those of the sampled answers
     # What the update will score is the ground truth, its EOS included, and nothing of it was sampled.
     texts = rarl.decode(policy, batch.ids, batch.mask)
     truth = [data.reference_answer(sample) for sample in batch.samples]
@@ -116,7 +118,7 @@ def test_history_gives_what_earlier_answers_found_and_only_if_it_is_better(polic
     learner = make_learner(policy, rmo_source="history", rmo_poor=1.0)
     batch = collect(learner, stage, samples=samples)
     assert not batch.mutated.any()  # nothing is known yet
-    assert train.remembered(batch) == {name: (3.0, label + 3) for name, label in zip(names, labels, strict=True)}
+    assert remembered(batch) == {name: (3.0, label + 3) for name, label in zip(names, labels, strict=True)}
     # Image 0: an earlier answer was 1 off. Image 1: 3.5 off, worse than what is there. Image 2: as good as that.
     history = {names[0]: (1.0, labels[0] - 1), names[1]: (3.5, labels[1] - 3.5), names[2]: (3.0, labels[2] - 3)}
     batch = collect(learner, stage, samples=samples, history=history)
@@ -130,32 +132,11 @@ def test_several_images_from_history_stand_in_the_order_of_their_values(policy, 
     stage = make_stage(items)
     sample = stage.sampler.batch(0)[0]
     history = {item.name: (1.0, item.label + 1) for item in sample.items}
-    (text,) = train.references_for(stage, sample, "history", history, [], replaced=0.0)
+    s, earned = Settings(rmo_source="history"), lambda total: [reward.Reward(1.0, 0.0, 0.0, total)] * G
+    (text,) = train.references_for(s, stage, sample, history, earned(0.0))
     assert reward.compute_reward(text, sample.labels, 4).ranking == 1
-    assert train.references_for(stage, sample, "history", {}, [], replaced=0.0) == []
-    assert train.references_for(stage, sample, "history", history, [], replaced=3.0) == []
-
-
-def test_a_crossing_has_the_values_of_one_answer_and_the_order_of_another(policy, items, monkeypatch):
-    stage = make_stage(items)
-    samples = stage.sampler.batch(0)
-    low = [[1, 2] if s.labels[0] < s.labels[1] else [2, 1] for s in samples]  # the true order
-    at = lambda b, order, off: answer(*((i, samples[b].labels[i - 1] + off) for i in order))
-    # Of each group: nothing valid; good values in the wrong order; useless ones in the right order; neither.
-    says(monkeypatch, lambda b, g: ["no", at(b, low[b][::-1], 1), at(b, low[b], 9), at(b, low[b][::-1], 9)][g])
-    learner = make_learner(policy, rmo_source="cross", rmo_spread=1.0, rmo_poor=1.0)
-    batch = collect(learner, stage, samples=samples)
-    assert batch.mutated.view(3, G).tolist() == [[True, False, False, False]] * 3  # "no" earned least
-    for b in range(3):
-        assert batch.texts[b * G] == at(b, low[b], 1).replace(".0", "")
-        assert batch.scored[b * G].total == 1 - 1 / 16 + 1 + 1
-    # A child that earns no more than what it would replace is none; of answers that are no answers there is no child.
-    says(monkeypatch, lambda b, g: at(b, low[b], 9))
-    assert not collect(learner, stage, samples=samples).mutated.any()
-    says(monkeypatch, lambda b, g: "no" if g else at(b, low[b], 9))
-    assert collect(learner, stage, samples=samples).mutated.any()
-    says(monkeypatch, lambda b, g: "no")
-    assert not collect(learner, stage, samples=samples).mutated.any()
+    assert train.references_for(s, stage, sample, {}, earned(0.0)) == []
+    assert train.references_for(s, stage, sample, history, earned(3.0)) == []
 
 
 def test_old_logp_of_every_answer_is_that_before_the_first_update(policy, items, monkeypatch):
@@ -214,21 +195,3 @@ def test_steps_and_prompts_have_random_streams_of_their_own(policy, items):
     twice = collect(learner, stage, samples=[samples[0]] * 3)  # the same prompt three times: not the same answers
     assert len(set(twice.texts)) > G
     assert math.isfinite(first.sampled_logp.sum())
-
-
-def test_imitation_raises_the_probability_of_the_truth_with_the_gradient_of_the_likelihood(policy, items):
-    from experiments import imitate
-
-    stage, learner = make_stage(items), make_learner(policy)
-    samples = stage.sampler.batch(0)
-    prompts = data.make_prompts(learner.policy, samples)
-    learner.prepare(prompts)
-    batch = imitate.collect(learner, stage, 0, samples, prompts, {})
-    assert [r.total for r in batch.scored] == [3.0] * 3
-    assert rarl.decode(learner.policy, batch.ids, batch.mask) == [data.reference_answer(sample) for sample in samples]
-    logp, _ = rarl.logprobs(learner.policy, prompts, batch.ids, batch.mask)
-    (-(logp * batch.mask).sum(1) / batch.mask.sum(1)).mean().backward()
-    norm = torch.stack([p.grad.norm() for p in learner.policy.parameters() if p.grad is not None]).norm().item()
-    learner.policy.zero_grad()
-    optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.0)
-    assert train.update(learner, optimizer, batch)["grad_norm"] == pytest.approx(norm, rel=1e-3)

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 
 from support.learner import lora
-from support.learner.distributed import World, spread
+from support.learner.learner import spread
 from support.learner.policies import load_start
+from support.learner.world import World
 from support.run.settings import Settings
 
 CPU = torch.device("cpu")

@@ -21,8 +21,9 @@ import train
 from experiments import usual_way
 from support.datasets import load_dataset
 from support.learner import lora
-from support.learner.distributed import Learner, World
+from support.learner.learner import Learner
 from support.learner.policies import load_any, load_merged, load_start
+from support.learner.world import World
 from support.run.settings import SettingError, Settings, parse_settings
 from support.show.monitor import Monitor
 

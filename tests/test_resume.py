@@ -70,24 +70,6 @@ def test_killed_and_resumed_is_as_if_never_stopped(finished, tmp_path, monkeypat
     assert_same(out, tmp_path / "runs" / "renamed")
 
 
-def test_rivals_have_no_state_that_a_checkpoint_would_miss(tmp_path, monkeypatch):
-    settings = [*TINY, "--steps2", "2", "--validate-every", "0", "--delta", "1", "--resample", "1",
-                "--w-rank-schedule", "adaptive", "--rmo-source", "cross", "--advantage", "batch"]  # fmt: skip
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        with monkeypatch.context() as patch:
-            if name == "killed":
-                patch.setattr(Monitor, "log", dies_within_stage_2)
-                with pytest.raises(Killed):
-                    train_here(*settings)
-            else:
-                train_here(*settings)
-    train_here(*settings, "--resume")
-    whole, again = (tmp_path / name / "runs/rarl/metrics.jsonl" for name in ("whole", "killed"))
-    assert again.read_text() == whole.read_text() and any(line["redrawn"] for line in lines(whole))
-
-
 def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, capsys):
     out, _ = finished
     run = tmp_path / "runs" / "rarl"
@@ -197,7 +179,7 @@ def test_one_owner(tmp_path, monkeypatch, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c",
          "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-         "from pathlib import Path; from support.run.run_folder import RunFolder; from support.learner.distributed import World\n"
+         "from pathlib import Path; from support.run.run_folder import RunFolder; from support.learner.world import World\n"
          "with RunFolder(Path('runs/rarl'), World(0, 1, torch.device('cpu'))).owned(): print('mine', flush=True); input()",
          str(ROOT)],
         cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -18,9 +18,9 @@ def generator(seed=0):
 
 
 def mutate(rewards, k=1, probability=ALWAYS, references=("R",), rng=None, **kwargs):
-    """A group whose responses are named by their index."""
-    responses = [str(i) for i in range(len(rewards))]
-    return rmo.mutate(responses, rewards, references, k, probability, rng=rng or generator(), **kwargs)
+    """A group whose responses are named by their index. Homogeneous is up to 0.1 here, poor up to 0.5."""
+    responses, bounds = [str(i) for i in range(len(rewards))], {"spread": 0.1, "poor": 0.5} | kwargs
+    return rmo.mutate(responses, rewards, references, k, probability, rng=rng or generator(), **bounds)
 
 
 # ---- which answers, by what
@@ -131,7 +131,7 @@ def test_inputs_stay(probability):
 
 def test_responses_may_be_anything():
     a, b, reference = torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([9])
-    (first, second), _ = rmo.mutate((a, b), torch.tensor([0.0, 0.1]), (reference,), 1, ALWAYS, rng=generator())
+    (first, second), _ = rmo.mutate((a, b), torch.tensor([0.0, 0.05]), (reference,), 1, ALWAYS, rng=generator())
     assert first is reference
     assert second is b
 

@@ -12,7 +12,7 @@ import torch
 from runs import lines, train_here
 
 import train
-from support.learner.distributed import World
+from support.learner.world import World
 from support.run.checkpoints import Checkpoints
 from support.run.run_folder import RunFolder, Start
 from support.run.settings import Settings

@@ -12,7 +12,8 @@ import grpo
 import rarl
 import train
 from support.datasets import load_dataset
-from support.learner.distributed import Learner, World, micro_batches
+from support.learner.learner import Learner, micro_batches
+from support.learner.world import World
 from support.run.preflight import preflight
 from support.run.settings import SettingError, Settings
 

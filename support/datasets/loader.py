@@ -8,7 +8,7 @@ import torch
 
 import data
 import rarl
-from support.learner.distributed import World
+from support.learner.world import World
 
 
 class Steps(torch.utils.data.Dataset):

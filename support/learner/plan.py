@@ -75,7 +75,7 @@ class Plan:
     # What is always there
 
     def state(self) -> dict[str, float]:
-        """Weights in their roles, as support/learner/distributed.py (Learner) holds them."""
+        """Weights in their roles, as support/learner/learner.py (Learner) holds them."""
         s, W, base, kl = self.s, self.W, self.weights, self.s.beta > 0
         # Of all prompts of a step, in bf16 (Learner.prepare): their pixels, and what a frozen vision tower made of them.
         features = 0 if self.vision_trained else self.text.hidden_size // self.vision.spatial_merge_size**2

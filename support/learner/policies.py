@@ -37,7 +37,7 @@ def load_start(path: str | Path, s: Settings, device: torch.device, read: bool =
     """The policy that a stage begins with, with the settings that concern it. Not yet on the device.
 
     Of several processes the main one alone reads the weights. The others get theirs from it, when they know which they
-    need (support/learner/distributed.py), and have a policy on the device "meta" until then (read=False).
+    need (support/learner/learner.py), and have a policy on the device "meta" until then (read=False).
 
     With LoRA: a base with new adapters, or an adapter that goes on. Without: an adapter is merged into its base.
     """

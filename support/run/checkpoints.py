@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 import rarl
 import rmo
-from support.learner.distributed import Learner, World
+from support.learner.learner import Learner
+from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
 from support.run.settings import SettingError, comparable
 

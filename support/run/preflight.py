@@ -5,13 +5,16 @@ from collections import Counter
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import data
 import rarl
+from support.datasets.balance import task_weights
 from support.datasets.image_files import unreadable
 from support.datasets.saved_task import GIVEN
 from support.datasets.splits import load_splits
-from support.learner.distributed import World
+from support.learner.stage import RewardWeights, Stage, seed_of
+from support.learner.world import World
 from support.run.settings import SettingError, Settings
 
 
@@ -49,12 +52,28 @@ def validation_prompts(items: list[data.Item], images: tuple[int, ...], count: i
     return {n: data.make_samples(items, n, count) for n in sorted(set(images)) if n <= most}
 
 
-def preflight(policy: rarl.Policy, samples: list[data.Sample], stage) -> None:
+def make_stage(
+    number: int, policy: rarl.Policy, items: list[data.Item], val_items: list[data.Item], s: Settings, show: bool = False
+) -> Stage:  # fmt: skip
+    """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
+    steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
+    weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
+    balance = task_weights(items) if s.balance else None
+    sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), balance)
+    every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
+    samples = [sample for step in every_step for sample in sampler.batch(step)]
+    length = s.max_new_tokens or data.max_answer_tokens(policy, samples)
+    stage = Stage(number, steps, sampler, weights, length, validation_prompts(val_items, num_images, s.val_samples))
+    preflight(policy, samples, stage)
+    return stage
+
+
+def preflight(policy: rarl.Policy, samples: list[data.Sample], stage: Stage) -> None:
     """Refuse to start unless the reference answer of every training prompt earns the highest reward.
 
     A wrong delta, a broken parser, swapped image ids or a tokenizer that does not give the text back would corrupt
     every gradient, and nothing would look wrong. Each prompt's reference makes the whole round: text -> tokens ->
-    text -> reward.  stage: train.Stage. Up to 1 % may be missing, as a label may have more decimals than the answer.
+    text -> reward. Up to 1 % may be missing, as a label may have more decimals than the answer.
     """
     references = [data.reference_answer(sample) for sample in samples]
     unique = sorted(set(references))

@@ -30,8 +30,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 import rarl
-from support.learner.distributed import Learner, World
+from support.learner.learner import Learner
 from support.learner.policies import load_merged
+from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
 from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
 from support.run.settings import SettingError, Settings, comparable

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rmo
+
 
 class SettingError(ValueError):
     """A setting that cannot work, or a run folder that cannot be used; the message says what to do."""
@@ -53,22 +55,17 @@ class Settings:
     w_reg: float = setting(1.0, "weight of R_reg")
     w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
     w_format: float = setting(1.0, "weight of R_format")
-    w_rank_schedule: str = setting(
-        "constant",
-        "constant, or adaptive: stage 2's w_rank times the mean R_reg of the step's answers",
-        choices=("constant", "adaptive"),
-    )
     # RMO
     rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
     rmo_source: str = setting(
-        "truth",
-        "the ground truth; an answer made of the best earlier values for those images; or a crossing of two answers "
-        "of the group, with the values of the one in the order of the other",
-        choices=("truth", "history", "cross"),
+        "truth", "the ground truth, or an answer made of the best earlier values for those images",
+        choices=("truth", "history"),
+    )  # fmt: skip
+    rmo_spread: float = setting(
+        rmo.SPREAD, "homogeneous: the rewards' std is at most this share of the best possible reward"
     )
-    rmo_spread: float = setting(0.05, "homogeneous: the rewards' std is at most this share of the best possible reward")
-    rmo_poor: float = setting(0.7, "poor: the best reward is at most this share of the best possible reward")
+    rmo_poor: float = setting(rmo.POOR, "poor: the best reward is at most this share of the best possible reward")
     # GRPO
     lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
     warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
@@ -80,17 +77,6 @@ class Settings:
     )
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
     clip_high: float = setting(0.2, "and above 1 + clip_high")
-    advantage: str = setting(
-        "group",
-        "group: (r - mean) / std, GRPO's; for comparison, see grpo.py: dr-grpo, without std; batch, the whole batch's std; "
-        "gdpo, of each weighted reward by itself, then summed; ngrpo, with the best possible reward in mean and std; "
-        "corpo, without std and with --rmo-poor as least baseline; rl-zvp, by entropy where a group has no spread",
-        choices=("group", "dr-grpo", "batch", "gdpo", "ngrpo", "corpo", "rl-zvp"),
-    )
-    resample: int = setting(
-        0,
-        "times that a prompt whose answers all earn the same is replaced by another (DAPO's dynamic sampling), for comparison",
-    )
     normalize: str = setting(
         "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
     )
@@ -303,12 +289,6 @@ def check_settings(s: Settings) -> None:
         ("max_pixels", s.max_pixels is None or s.max_pixels >= 56 * 56, "must be at least 3136 (56 x 56 pixels)"),
         ("delta", s.delta is None or 0 < s.delta < math.inf, "must be positive and finite"),
         ("w_reg", s.w_reg + s.w_format > 0, "and --w-format are both 0: stage 1 would have nothing to reward"),
-        (
-            "w_rank_schedule",
-            s.w_rank_schedule == "constant" or (s.w_rank and s.steps2 and s.stage != 1),
-            "needs a stage 2 with --w-rank above 0",
-        ),
-        ("resample", 0 <= s.resample <= 16, "must be from 0 to 16"),
         ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),

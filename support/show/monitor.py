@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.learner.distributed import World
+from support.learner.stage import Batch
+from support.learner.world import World
 from support.run.settings import SettingError, Settings
 from support.show.tables import finite, mean
 from support.show.track import start_tracker
@@ -25,11 +26,11 @@ from support.show.watch import watch_curves, watch_group
 # Metrics of one step
 
 
-def rollout_numbers(batch) -> dict[str, list]:
-    """What to average over the sampled answers (before any mutation): name -> numbers. batch: train.Batch, this rank's."""
-    G = batch.advantages.shape[1]
+def rollout_numbers(batch: Batch) -> dict[str, list]:
+    """What to average over the sampled answers (before any mutation) of this process: name -> numbers."""
+    rewards, G = batch.sampled_rewards, batch.group_size
     samples = [sample for sample in batch.samples for _ in range(G)]  # N, one for each answer
-    rewards, totals = batch.rewards, torch.tensor([r.total for r in batch.rewards], dtype=torch.float64).view(-1, G)
+    totals = torch.tensor([r.total for r in rewards], dtype=torch.float64).view(-1, G)
     return {
         "reward": [r.total for r in rewards],
         "format": [r.format for r in rewards],
@@ -40,10 +41,9 @@ def rollout_numbers(batch) -> dict[str, list]:
             for r, sample in zip(rewards, samples, strict=True)
             for image, value in r.answer or ()  # of the values in valid answers
         ],
-        "tokens": batch.sampled_tokens.tolist(),
+        "tokens": batch.sampled_tokens.tolist() if batch.sampled_tokens is not None else [],
         "zero_spread": (totals.amax(1) == totals.amin(1)).tolist(),
         "mutated": batch.mutated.tolist(),
-        "redrawn": [batch.redrawn / len(batch.samples)],
         "advantage": batch.advantages.flatten().tolist(),
     }
 
@@ -57,16 +57,23 @@ def rollout_metrics(numbers: list[dict[str, list]]) -> dict[str, float | None]:
     }
 
 
-class UpdateMetrics:
-    """Metrics of one pass over the micro-batches, kept as sums over tokens: they add up over micro-batches and ranks,
-    means would not."""
+class UpdateLog:
+    """Metrics of the updates on one batch. Sums over tokens add up over micro-batches and processes, means would not.
 
-    def __init__(self, max_tokens_per_forward: int) -> None:
-        self.limit = max_tokens_per_forward
-        self.sums: list[dict[str, float]] = []
+    metrics  of all updates so far. Most are those of the first one, which the answers are on-policy for; ratio and clipped
+             shares are those of the last, which tell how far the policy has moved from the one that sampled
+    """
 
-    def add(self, micro, logp: Tensor, entropy: Tensor, loss: Tensor, stats: dict[str, Tensor]) -> None:
-        """micro: train.Batch. logp, entropy (N, T). loss, stats: what grpo_loss returned."""
+    def __init__(self, world: World, max_tokens_per_forward: int) -> None:
+        self.world, self.limit = world, max_tokens_per_forward
+        self.metrics: dict[str, Any] = {}
+        self.sums: list[dict[str, float]] = []  # of each micro-batch of this update
+        self.measured: dict[str, Any] = {}  # means of this update over all processes
+
+    def add(self, micro: Batch, logp: Tensor, entropy: Tensor, loss: Tensor, stats: dict[str, Tensor]) -> None:
+        """logp, entropy (N, T). loss, stats: what grpo_loss returned."""
+        if micro.filler:
+            return
         logp, loss = logp.detach(), loss.detach()
         sampled = micro.mask & ~micro.mutated[:, None].to(micro.mask.device)  # (N, T), False on mutated answers
         gap = (logp - micro.sampled_logp).abs().masked_fill(~sampled, 0.0)
@@ -84,14 +91,26 @@ class UpdateMetrics:
         }
         self.sums.append({name: float(value) for name, value in sums.items()})
 
-    def over_all_ranks(self, world: World) -> dict[str, Any]:
+    def mean_loss(self) -> float:
+        """The loss of this update over all processes."""
+        self.measured = self._over_all_processes()
+        return self.measured["loss"]
+
+    def close_epoch(self, grad_norm: float, bad: bool) -> None:
+        """bad: the step was skipped, as its loss or gradient was not finite."""
+        later = {name: self.measured.get(name) for name in ("ratio", "clip_low", "clip_high")}
+        self.metrics |= (later if self.metrics else self.measured | {"grad_norm": grad_norm}) | {"bad": bad}
+        self.sums = []
+
+    def _over_all_processes(self) -> dict[str, Any]:
         """Means, and the loss. None: nothing to average."""
+        world = self.world
         parts = [part for parts in world.gather(self.sums) for part in parts]
         total = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
         tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
         average = lambda name, count: total[name] / count if count else None
         return {
-            # Each rank's loss is `size` times its share: see `denominator` in train.update.
+            # Each rank's loss is `size` times its share: see `denominator` in Learner.micro_batches.
             "loss": total.get("loss", 0.0) / world.size,
             "policy_loss": total.get("policy_loss", 0.0) / world.size,
             "entropy": average("entropy", sampled),  # of the policy's own answers
@@ -192,9 +211,7 @@ class Monitor:
         if self.world.main and self.watch_every and exception == (None, None, None):
             watch_curves(self.folder)
 
-    def log(
-        self, step: int, batch, update_metrics: dict[str, Any], max_reward: float, seconds: dict[str, float]
-    ) -> None:
+    def log(self, step: int, batch: Batch, update_metrics: dict[str, Any], seconds: dict[str, float]) -> None:
         """Write down one step. All ranks call it. Raises SettingError after --max-bad-steps bad ones in a row.
 
         seconds  what each phase took since the last step
@@ -212,7 +229,7 @@ class Monitor:
             self._write(self.metrics, place | log)
             self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds | speed)
             self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
-            if warning := self.warnings(log, max_reward):
+            if warning := self.warnings(log, batch.max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
             since = step % self.watch_every if self.watch_every else self.in_turn
             if since < self.in_turn:  # a sheet for each number of images: they take turns from step to step
@@ -253,18 +270,19 @@ def progress_text(log: dict, base: dict) -> str:
     return " ".join([f"{log['images']} image{'s' * (log['images'] > 1)}", *words])
 
 
-def keep_evidence(path: Path, batch, log: dict) -> None:
+def keep_evidence(path: Path, batch: Batch, log: dict) -> None:
     """What was in a step whose numbers went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    G = batch.advantages.shape[1]
     groups = [
         {
             "images": [item.name for item in sample.items],
             "labels": sample.labels,
-            "answers": batch.texts[b * G : (b + 1) * G],
-            "advantages": batch.advantages[b].tolist(),
+            "answers": answers,
+            "advantages": advantages,
         }
-        for b, sample in enumerate(batch.samples)
+        for sample, answers, advantages in zip(
+            batch.samples, batch.groups(batch.texts), batch.advantages.tolist(), strict=True
+        )
     ]
     path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
 

@@ -7,20 +7,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data import Sample
+from support.learner.stage import Batch
 from support.show.curves import CurvesError, draw_curves, read_run
 from support.show.group_sheet import draw_group
 from support.show.pictures import draw_before_after
 from support.show.tables import finite
 
 
-def watch_group(folder: Path, stage: int, step: int, batch) -> None:
-    """Write groups/STAGE-STEP.png and a line of groups.jsonl.  batch: train.Batch"""
-    G = batch.advantages.shape[1]
+def watch_group(folder: Path, stage: int, step: int, batch: Batch) -> None:
+    """Write groups/STAGE-STEP.png and a line of groups.jsonl."""
+    G = batch.group_size
     # The group whose rewards differ most is the one that says most.
-    spread = [max(r.total for r in group) - min(r.total for r in group) for group in groups_of(batch.scored, G)]
+    spread = [max(r.total for r in group) - min(r.total for r in group) for group in batch.groups(batch.rewards)]
     b = spread.index(max(spread))
     rows = slice(b * G, (b + 1) * G)
-    sample, texts, scored = batch.samples[b], batch.texts[rows], batch.scored[rows]
+    sample, texts, scored = batch.samples[b], batch.texts[rows], batch.rewards[rows]
     advantages, mutated = batch.advantages[b].tolist(), batch.mutated[rows].tolist()
     (folder / "groups").mkdir(exist_ok=True)
     title = f"Stage {stage}, step {step}: one prompt and its {G} answers"
@@ -66,7 +67,3 @@ def compare_policies(folder: Path, names: Iterable[str], samples: dict[int, list
         except (OSError, ValueError, KeyError, TypeError):
             continue
     draw_before_after(shown, answers, folder / "before_after.png")
-
-
-def groups_of(rows: list, G: int) -> list[list]:
-    return [rows[i : i + G] for i in range(0, len(rows), G)]

@@ -1,4 +1,4 @@
-"""Processes and devices: who takes part (World), and the policy in its three roles on them (Learner).
+"""The policy in its three roles, on one process or several: all that a step needs of autocast, FSDP2, LoRA and micro-batches.
 
 Several processes (torchrun): FSDP2 shards weights, gradients and optimiser; prompts are dealt to the ranks; each rank
 decodes alone from a copy of the weights that is gathered once a step, so uneven answers make nobody wait inside
@@ -8,8 +8,7 @@ dtype is named: bf16 on a GPU, float32 on a CPU.
 """
 
 import contextlib
-import os
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +23,10 @@ from torch.distributed.tensor import DTensor
 import rarl
 from support.learner import lora
 from support.learner.offload import HostAdamW
-from support.run.settings import SettingError, Settings
+from support.learner.stage import Batch
+from support.learner.world import World
+from support.run.settings import Settings
 from support.show.clock import Clock
-
-
-@dataclass(frozen=True)
-class World:
-    """Who else takes part: torchrun starts `size` processes, this is number `rank`."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def gather(self, thing: Any) -> list:
-        """Everybody's `thing`, by rank."""
-        if self.size == 1:
-            return [thing]
-        things: list = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
-
-    def barrier(self) -> None:
-        self.gather(None)
-
-
-def start_world(device: str) -> World:
-    """Join the processes that torchrun started, if it did. device: auto, cpu or cuda. Raises SettingError."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise SettingError(f"--device {device}: this machine has no CUDA GPU; take --device cpu")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise SettingError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
-        name = f"cuda:{local}"
-        torch.cuda.set_device(name)
-    elif name != "cpu":
-        raise SettingError(f"--device {device}: choose auto, cpu or cuda")
-    if size > 1 and not dist.is_initialized():
-        # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name != "cpu" else "gloo")
-    return World(rank, size, torch.device(name))
 
 
 class Learner:
@@ -163,6 +120,18 @@ class Learner:
         # No cache: it would hold a bf16 copy of all weights; each is used once in a forward anyway.
         return torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda", cache_enabled=False)
 
+    def random_keys(self, stage: int, step: int, prompts: int) -> list[tuple]:
+        """For each of this process's prompts what seeds all that is drawn for it: see `seed_of`.
+
+        A prompt's number is that in the whole batch, so its draws do not depend on how many processes share the batch.
+        """
+        rank, size = self.world.rank, self.world.size
+        return [(self.settings.seed, stage, step, number) for number in range(rank, prompts * size, size)]
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.lr * factor
+
     def prepare(self, prompts: list) -> None:
         """Do once what rollout, update and reference all need: move the pixels, encode them if vision is frozen."""
         if self.world.device.type == "cuda":
@@ -173,18 +142,64 @@ class Learner:
             for b in range(0, len(prompts), size):
                 rarl.encode_images(self.rollout_policy, prompts[b : b + size])
 
-    def reference_logprobs(self, batch) -> Tensor | None:
-        """(N, T) log pi_ref of a batch's answers; None without a reference."""
+    def micro_batches(self, batch: Batch) -> tuple[list[Batch], float]:
+        """-> the batch in parts of at most --max-tokens-per-forward, and the `denominator` of their losses.
+
+        FSDP gathers weights in each forward, so processes must run equally many: one with fewer repeats some as filler.
+        The denominator, answers or answer tokens, is that of all processes, not a mean of their means; divided by their
+        number, as FSDP averages the gradients of what has to be a sum.
+        """
+        self.clock.lap("reward")
+        s, world = self.settings, self.world
+        # A group without advantage and without KL has no gradient at all: it is not run.
+        wanted = [b for b in range(len(batch.prompts)) if self.reference is not None or batch.advantages[b].any()]
+        micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
+        sizes = {"micros": len(micros), "sequence": batch.advantages.numel(), "token": int(batch.mask.sum())}
+        everywhere = world.gather(sizes)
+        missing = max(sizes["micros"] for sizes in everywhere) - len(micros)
+        micros += [batch.take([0], filler=True)] * missing
+        return micros, sum(sizes[s.normalize] for sizes in everywhere) / world.size
+
+    def logprobs(self, micro: Batch) -> tuple[Tensor, Tensor]:
+        """(N, T) log pi_theta of a micro-batch's answers, with gradient; and the entropy at each token."""
+        # transformers checkpoints activations in training mode only; there is no dropout that this could switch on.
+        self.policy.train(self.settings.activation_checkpointing)
+        try:
+            with self.autocast():
+                return rarl.logprobs(self.policy, micro.prompts, micro.ids, micro.mask, self.settings.temperature)
+        finally:
+            self.policy.eval()
+
+    def reference_logprobs(self, micro: Batch) -> Tensor | None:
+        """(N, T) log pi_ref of a micro-batch's answers; None without a reference."""
         if self.reference is None:
             return None
         as_begun = lora.adapters_off(self.policy, self.began) if self.lora else contextlib.nullcontext()
-        with torch.no_grad(), as_begun:
-            return rarl.logprobs(self.reference, batch.prompts, batch.ids, batch.mask, self.settings.temperature)[0]
+        with torch.no_grad(), as_begun, self.autocast():
+            return rarl.logprobs(self.reference, micro.prompts, micro.ids, micro.mask, self.settings.temperature)[0]
+
+    def backward(self, loss: Tensor, micro: Batch) -> None:
+        """Add the gradient of a micro-batch's loss to what is there."""
+        (0.0 * loss if micro.filler else loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: float) -> tuple[float, bool]:
+        """Clip the gradient, take the step, forget the gradient. -> the gradient's norm before; whether the step was skipped
+
+        It is skipped where the loss or the gradient is not finite. Both are the same on all processes: they skip together.
+        """
+        grad_norm = self.clip_gradients()
+        bad = not (math.isfinite(grad_norm) and math.isfinite(loss))
+        if not bad:
+            optimizer.step()
+        optimizer.zero_grad()
+        return grad_norm, bad
 
     def clip_gradients(self) -> float:
-        """Scale the gradient down to --max-grad-norm. -> its norm before, the same on all ranks"""
+        """Scale the gradient down to --max-grad-norm. -> its norm before, the same on all ranks; 0 if there is none"""
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        if not gradients:  # no group of this step had an advantage
+            return 0.0
         if self.lora and self.world.size > 1:  # what FSDP does for sharded weights: the mean of all ranks' gradients
-            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             together = torch.cat([g.flatten() for g in gradients]) / self.world.size
             dist.all_reduce(together)
             for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
@@ -232,12 +247,12 @@ def spread(module: nn.Module, world: World, kind: str) -> None:
             setattr(part, name, received[ours])
 
 
-def micro_batches(batch, wanted: list[int], limit: int) -> list[list[int]]:
+def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]]:
     """Prompts in micro-batches whose packed rows (prompts and answers, without padding) hold at most `limit` tokens.
 
     Prompts of like length come together, because attention on a CPU pads them. One that is over the limit goes alone.
     """
-    G = batch.advantages.shape[1]
+    G = batch.group_size
     answers = batch.mask.view(len(batch.prompts), -1).sum(1).tolist()  # tokens of each group's answers
     tokens = [
         len(p.ids) + n - G for p, n in zip(batch.prompts, answers, strict=True)
@@ -249,25 +264,6 @@ def micro_batches(batch, wanted: list[int], limit: int) -> list[list[int]]:
         else:
             micros.append([b])
     return micros
-
-
-def micro_batches_on_all_ranks(learner: Learner, batch) -> tuple[list[tuple[Any, float]], int]:
-    """-> this rank's micro-batches, each with the weight of its loss, 1 or 0; the count that normalises the loss.
-
-    FSDP gathers weights in each forward, so ranks must run equally many: one with fewer repeats some, with weight 0.
-    The count, of answers or answer tokens, is over all ranks: not a mean of the ranks' means.
-    """
-    s, world = learner.settings, learner.world
-    # A group without advantage and without KL has no gradient at all, but for RL-ZVP: it is not run.
-    always = learner.reference is not None or s.advantage == "rl-zvp"
-    wanted = [b for b in range(len(batch.prompts)) if always or batch.advantages[b].any()]
-    micros = [batch.take(groups) for groups in micro_batches(batch, wanted, s.max_tokens_per_forward)]
-    sizes = {"micros": len(micros), "sequence": batch.advantages.numel(), "token": int(batch.mask.sum())}
-    everywhere = world.gather(sizes)
-    missing = max(sizes["micros"] for sizes in everywhere) - len(micros)
-    filler = micros[0] if micros else batch.take([0])
-    count = sum(sizes[s.normalize] for sizes in everywhere)
-    return [(micro, 1.0) for micro in micros] + [(filler, 0.0)] * missing, count
 
 
 def make_optimizer_state(policy: rarl.Policy, optimizer: torch.optim.Optimizer) -> None:

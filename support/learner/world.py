@@ -1,0 +1,54 @@
+"""Who takes part: the processes that torchrun started, and the device of this one."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from support.run.settings import SettingError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who else takes part: torchrun starts `size` processes, this is number `rank`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, thing: Any) -> list:
+        """Everybody's `thing`, by rank."""
+        if self.size == 1:
+            return [thing]
+        things: list = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+def start_world(device: str) -> World:
+    """Join the processes that torchrun started, if it did. device: auto, cpu or cuda. Raises SettingError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingError(f"--device {device}: this machine has no CUDA GPU; take --device cpu")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise SettingError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        name = f"cuda:{local}"
+        torch.cuda.set_device(name)
+    elif name != "cpu":
+        raise SettingError(f"--device {device}: choose auto, cpu or cuda")
+    if size > 1 and not dist.is_initialized():
+        # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name != "cpu" else "gloo")
+    return World(rank, size, torch.device(name))

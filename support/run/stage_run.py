@@ -1,0 +1,90 @@
+"""What surrounds the steps of a stage: prompts on their way, RMO's history, log, validation, checkpoints, and the end on a signal."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+import data
+import rmo
+from support.datasets.loader import load_steps
+from support.learner.learner import Learner
+from support.learner.stage import Batch, Stage
+from support.run.checkpoints import Checkpoints
+from support.run.interrupts import Interrupted, Stop
+from support.run.run_folder import RunFolder
+from support.show.monitor import Monitor
+
+
+class StageRun:
+    """One stage, from its first step or from a checkpoint. The loop asks it for `steps`, and tells it what came of each.
+
+    history   RMO's: the best earlier value for each image; empty unless --rmo-source history
+    validate  -> the share of the best possible reward on the validation prompts, and a row for each number of images
+    """
+
+    def __init__(
+        self, folder: RunFolder, checkpoints: Checkpoints, checkpoint: str | None, stop: Stop,
+        validate: Callable[[], tuple[float, dict[int, dict]]],
+    ) -> None:  # fmt: skip
+        self.folder, self.checkpoints, self.checkpoint = folder, checkpoints, checkpoint
+        self.stop, self.validate = stop, validate
+        self.history: rmo.History = {}
+
+    @contextlib.contextmanager
+    def started(self, stage: Stage, learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Within it the stage runs, a signal waits for the end of a step, and the files are open.
+
+        The learner's reference is set before the checkpoint is loaded: it is the policy that the stage began with.
+        """
+        self.stage, self.learner, self.optimizer = stage, learner, optimizer
+        s, world = learner.settings, learner.world
+        self.first, self.history, self.best = self.checkpoints.restore(self.checkpoint, learner, optimizer)
+        base = self.folder.read_results().get("base", {})
+        self.monitor = Monitor(self.folder.path, stage.number, self.first, stage.steps, world, s, base)
+        with self.monitor, self.stop.deferred():
+            yield
+        self.best.give_back(learner)
+
+    def steps(self) -> Iterator[tuple[int, list[data.Sample], list[data.Prompt]]]:
+        """(step, this process's samples, their prompts) of what is left of the stage."""
+        learner, last = self.learner, self.stage.steps
+        workers = learner.settings.workers
+        for step, samples, prompts in load_steps(
+            self.stage.sampler, learner.policy, learner.world, self.first, last, workers
+        ):
+            learner.prepare(prompts)
+            learner.clock.lap("data")
+            yield step, samples, prompts
+            learner.clock.lap("other")  # what is between two steps
+
+    def after_step(self, step: int, batch: Batch, metrics: dict) -> None:
+        """Sync the policy that samples, remember, log, validate and save. Raises Interrupted where a signal has come."""
+        learner, stage, world, s = self.learner, self.stage, self.learner.world, self.learner.settings
+        learner.clock.lap("update")
+        learner.sync_rollout_policy()
+        learner.clock.lap("sync")
+        if s.rmo_source == "history":
+            self.history = rmo.merge(self.history, *world.gather(remembered(batch)))
+        self.monitor.log(step, batch, metrics, learner.clock.take())
+        done = step + 1
+        if stage.validation and (done == stage.steps or done % s.validate_every == 0):
+            share, rows = self.validate()
+            self.best.offer(share, done, learner.policy)
+            self.monitor.log_validation(step, share, rows)
+        stopped = max(world.gather(self.stop.signal))
+        # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
+        if self.monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
+            self.checkpoints.save(stage.number, done, learner, self.optimizer, self.history, self.best)
+        if stopped:
+            raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
+
+
+def remembered(batch: Batch) -> rmo.History:
+    """The best value that the policy's own answers of this step gave for each image."""
+    return rmo.merge(
+        *(
+            rmo.remember([item.name for item in sample.items], sample.labels, [r.answer for r in group])
+            for sample, group in zip(batch.samples, batch.groups(batch.sampled_rewards), strict=True)
+        )
+    )
