@@ -143,7 +143,7 @@ class Trainer:
     def train_unless_done(self, run: Run) -> None:
         if not run.is_done():
             resume = ["--resume"] if run.can_be_resumed() else []
-            program = ["-m", "experiments.rivals", run.rival] if run.rival else [str(ROOT / "train.py")]
+            program = ["experiments/rivals.py", run.rival] if run.rival else ["train.py"]
             self.call(run, [*program, *run.arguments, *resume], log_mode="w")
 
     def evaluate_unless_done(self, run: Run) -> None:
@@ -153,13 +153,13 @@ class Trainer:
         words = ["--model", run.folder / f"stage{max(run.stages)}", "--data", run.evaluate_on, "--seed", 0,
                  "--images", *sorted({1, *s["images"]}), "--samples", s["eval_samples"], "--device", s["device"],
                  "--batch-size", s["eval_batch_size"], "--out", run.results.parent]  # fmt: skip
-        self.call(run, [str(ROOT / "eval.py"), *map(str, words)], log_mode="a")
+        self.call(run, ["eval.py", *map(str, words)], log_mode="a")
 
     def call(self, run: Run, words: list[str], log_mode: str) -> None:
         """Run one of the project's programs. Raises CommandError with its last line if it fails."""
         log = run.folder.with_name(run.name + ".log")
-        command = [sys.executable, *words]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a module of experiments/
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a program in experiments/
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with self.lock:
             if self.stopped:

@@ -252,7 +252,9 @@ def test_a_damaged_evaluation_is_named_and_not_the_run(here):
 def fake_programs(folder, monkeypatch, train="", evaluation=""):
     """In the place of train.py and eval.py. What they print is in the log."""
     monkeypatch.setattr(runs, "ROOT", folder)
-    (folder / "train.py").write_text(f"import sys; print(sys.argv)\n{train}")
+    (folder / "experiments").mkdir()
+    for program in ("train.py", "experiments/rivals.py"):
+        (folder / program).write_text(f"import sys; print(sys.argv)\n{train}")
     (folder / "eval.py").write_text(f"import sys; print(sys.argv)\n{evaluation}")
 
 
@@ -379,7 +381,7 @@ def test_one_bar_counts_what_is_shared_once_and_what_is_done_from_the_start(here
 def test_all_has_one_bar_and_reports_an_experiment_once_its_runs_are_done(here, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(runs, "tqdm", Bar(made))
-    few = {"first": {"plain": [], "centred": ["--advantage", "dr-grpo"]}, "second": {"plain": [], "parts": ["--advantage", "gdpo"]}}  # fmt: skip
+    few = {"first": {"plain": [], "centred": ablate.Variant(rival="dr-grpo")}, "second": {"plain": [], "parts": ablate.Variant(rival="gdpo")}}  # fmt: skip
     monkeypatch.setattr(ablate, "EXPERIMENTS", few)
     trained = []
 

@@ -14,6 +14,7 @@ import reward
 import train
 from support.datasets import load_dataset
 from support.learner.learner import Learner, micro_batches
+from support.learner.stage import RewardWeights, Stage
 from support.learner.world import World
 from support.run.settings import Settings
 from support.run.stage_run import remembered
@@ -29,7 +30,7 @@ def make_learner(policy, **settings):
 
 def make_stage(items, number=2, weights=(1, 1, 1), images=(2,)):
     sampler = data.Sampler(items, images, 3, seed=0)
-    return train.Stage(number, 5, sampler, train.RewardWeights(*weights), max_new_tokens=12)
+    return Stage(number, 5, sampler, RewardWeights(*weights), max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import data
 import eval as evaluation
 import rarl
-import train
 from experiments import usual_way
 from support.datasets import load_dataset
 from support.learner import lora
 from support.learner.learner import Learner
 from support.learner.policies import load_any, load_merged, load_start
+from support.learner.stage import Batch
 from support.learner.world import World
 from support.run.settings import SettingError, Settings, parse_settings
 from support.show.monitor import Monitor
@@ -184,7 +184,7 @@ def make_learner(folder, **settings):
 def test_one_module_in_three_roles(policy_folder, prompts, answers):
     """The reference is the base in stage 1; in stage 2 it is what stage 1 left, while the adapter goes on."""
     learner = make_learner(policy_folder)
-    batch = train.Batch(prompts, answers.ids, answers.mask, answers.logp, None, None)
+    batch = Batch(prompts, answers.ids, answers.mask, answers.logp, None, None)
     expected = score(rarl.load_policy(policy_folder), prompts, answers)
     for seed in (1, 2):
         learner.begin_stage()
@@ -206,7 +206,7 @@ def test_activation_checkpointing_gives_the_same_gradients(policy_folder, prompt
         learner.begin_stage()
         learner.policy.train(on)
         logp = score(learner.policy, prompts, answers)
-        batch = train.Batch(prompts, answers.ids, answers.mask, answers.logp, None, None)
+        batch = Batch(prompts, answers.ids, answers.mask, answers.logp, None, None)
         (logp - learner.reference_logprobs(batch)).square().sum().add(logp.sum()).backward()
         found.append([p.grad for p in learner.policy.parameters() if p.requires_grad])
     for a, b in zip(*found, strict=True):

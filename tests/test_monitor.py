@@ -6,8 +6,8 @@ import math
 import torch
 
 import data
-import train
 from support.datasets import load_dataset
+from support.learner.stage import Batch, RewardWeights, Stage
 from support.show.clock import Clock
 from support.show.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
 from support.show.tables import finite
@@ -17,11 +17,11 @@ def test_whatever_the_policy_writes_the_log_goes_on():
     samples = data.make_samples(load_dataset("dots"), 2, 1)
     huge = '[{"image_id": 1, "value": 1e308}, {"image_id": 2, "value": -1.7e308}]'
     texts = [huge, huge, "[" * 10**5, '[{"image_id": 1, "value": NaN}]']
-    stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 10)
+    stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 10)
     rewards = [stage.reward(text, samples[0]) for text in texts]
     mask = torch.ones(4, 3, dtype=torch.bool)
-    batch = train.Batch([], mask.long(), mask, mask.float(), torch.zeros(4, dtype=torch.bool), torch.zeros(1, 4),
-                        samples=samples, texts=texts, rewards=rewards, sampled_tokens=mask.sum(1))  # fmt: skip
+    batch = Batch([], mask.long(), mask, mask.float(), torch.zeros(4, dtype=torch.bool), torch.zeros(1, 4),
+                        samples=samples, texts=texts, sampled_rewards=rewards, sampled_tokens=mask.sum(1))  # fmt: skip
     log = rollout_metrics([rollout_numbers(batch)])
     assert log["mae"] > 1e300 and log["format"] == 0.5 and log["zero_spread"] == 0
     assert json.loads(json.dumps(finite(log | {"loss": math.nan}), allow_nan=False))["loss"] is None

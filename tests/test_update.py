@@ -13,6 +13,7 @@ import rarl
 import train
 from support.datasets import load_dataset
 from support.learner.learner import Learner, micro_batches
+from support.learner.stage import Batch, RewardWeights, Stage
 from support.learner.world import World
 from support.run.preflight import preflight
 from support.run.settings import SettingError, Settings
@@ -30,7 +31,7 @@ def make_batch(policy, settings, mutate=0):
     mask = rollout.mask & (torch.arange(rollout.ids.shape[1]) < torch.arange(N)[:, None] + 5)
     advantages = grpo.group_advantages(torch.rand(3, settings.group_size, generator=torch.Generator().manual_seed(1)))
     mutated = torch.arange(N) < mutate
-    return train.Batch(prompts, rollout.ids, mask, rollout.logp, mutated, advantages)
+    return Batch(prompts, rollout.ids, mask, rollout.logp, mutated, advantages)
 
 
 def gradients_of_update(learner, batch):
@@ -172,7 +173,7 @@ def test_activation_checkpointing_gives_the_same_gradients(policy):
 
 def test_preflight_refuses_what_would_corrupt_gradients(policy, monkeypatch):
     samples = data.make_samples(load_dataset("dots"), 4, 20)
-    stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 100)
+    stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 100)
     preflight(policy, samples, stage)
     reference = data.reference_answer
     broken = {

@@ -11,6 +11,7 @@ import data
 import rarl
 import train
 from support.datasets import load_dataset
+from support.learner.stage import RewardWeights, Stage
 from support.run.checkpoints import Best
 from support.run.preflight import validation_prompts
 from support.show.monitor import Monitor
@@ -76,7 +77,7 @@ def test_the_best_policy_survives_a_kill(scripted, tmp_path, monkeypatch):
 def test_what_is_measured(policy):
     """A random policy gives no valid answer; one that says the truth has the whole reward."""
     items = load_dataset("dots", split="val")
-    stage = train.Stage(2, 1, None, train.RewardWeights(1, 1, 1), 10, validation_prompts(items, (4, 2), 3))
+    stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 10, validation_prompts(items, (4, 2), 3))
     assert list(stage.validation) == [2, 4] and {len(s.items) for s in stage.validation[4]} == {4}
     assert all(
         item.name.startswith("dots/val/") for some in stage.validation.values() for s in some for item in s.items
@@ -88,11 +89,11 @@ def test_what_is_measured(policy):
 
 def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
     """Exact lists of 2, and for 4 images every value 2 off with delta 4: R_reg 0.75 of 1, so 2.75 / 3."""
-    stage = train.Stage(
+    stage = Stage(
         2,
         1,
         None,
-        train.RewardWeights(1, 1, 1),
+        RewardWeights(1, 1, 1),
         10,
         validation_prompts(load_dataset("dots", split="val"), (2, 4), 3),
     )
