@@ -179,7 +179,7 @@ class Sampler:
     """Which samples a training step uses.
 
     `batch(step)` is a pure function of the arguments and the step: nothing has to be saved to resume but the step's
-    number, any rank can compute any batch, and the preflight can walk through a whole stage beforehand.
+    number, and any rank can compute any batch.
 
     images   numbers of images in a prompt; each step draws one of them for all its prompts, so that the prompts of a
              step have similar lengths (little padding) while all numbers take turns
@@ -219,7 +219,7 @@ class Sampler:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Images to patches: what Qwen2-VL's image processor does, in 40 lines and with the same numbers bit for bit
+# Images to patches: what Qwen2-VL's image processor does, in 30 lines and with the same numbers bit for bit
 
 
 MAX_ASPECT = 200  # the processor's own limit, long side to short side
@@ -244,28 +244,20 @@ def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
 
 
 def image_patches(image: Image.Image, processor) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """An RGB image as the rows that the vision tower reads, equal to Qwen2VLImageProcessor's output.
+    """An RGB image as the rows that the vision tower reads, still as bytes: Qwen2VLImageProcessor's output before it
+    rescales, normalises and makes a film of two equal frames of it, which rarl.py does where it multiplies them.
 
-    processor  has patch_size, merge_size, temporal_patch_size, size {shortest_edge, longest_edge} (areas in pixels,
-               whatever the names say), resample, rescale_factor, image_mean, image_std
-    returns    patches (S, 3 * temporal * patch * patch) float32, and the grid (1, rows, columns) of patches
+    processor  has patch_size, merge_size, size {shortest_edge, longest_edge} (areas in pixels, whatever the names say)
+               and resample
+    returns    patches (S, 3 * patch * patch) uint8, and the grid (1, rows, columns) of patches
     """
-    p, m, t = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    size = processor.size
+    p, m, size = processor.patch_size, processor.merge_size, processor.size
     height, width = smart_size(image.height, image.width, p * m, size["shortest_edge"], size["longest_edge"])
     pixels = np.asarray(image.resize((width, height), resample=processor.resample))  # (height, width, 3) uint8
-    # A pixel has 256 values, so rescaling and normalising is a table look-up. The table rounds where the processor
-    # rounds: float64 product, float32 afterwards.
-    levels = (np.arange(256, dtype=np.float64) * processor.rescale_factor).astype(np.float32)
-    mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
-    table = (levels[:, None] - mean) / std  # (256, 3)
-    pixels = np.stack([table[pixels[:, :, c], c] for c in range(3)])  # (3, height, width)
     rows, columns = height // p, width // p
     # Patches are listed merge window by merge window (m x m patches become one token), each patch channel first.
-    pixels = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
-    # A still image is a film of t equal frames.
-    pixels = np.broadcast_to(pixels[:, :, :, :, :, None], (*pixels.shape[:5], t, p, p))
-    return pixels.reshape(rows * columns, 3 * t * p * p), (1, rows, columns)
+    pixels = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return pixels.reshape(rows * columns, 3 * p * p), (1, rows, columns)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -277,7 +269,7 @@ class Prompt:
     """One question about n images, ready for the policy.
 
     ids     (P,) int64    token ids; every image is a run of <|image_pad|> tokens, one for each 2 x 2 patches
-    pixels  (S, 1176)     float32 patches of all images, one image after the other
+    pixels  (S, 588)      uint8 patches of all images, one image after the other; 8 images of 448 x 448 are 5 MB
     grid    (n, 3) int64  (1, rows, columns) of patches of each image
     features              what a frozen vision tower made of the pixels, once it has (rarl.encode_images)
     """

@@ -49,7 +49,9 @@ class Prompt(Protocol):
     """What a prompt has to have. data.Prompt is one."""
 
     ids: Tensor  # (P,) int64, every image as a run of <|image_pad|>
-    pixels: Tensor  # (S, 1176) patches of all its images
+    pixels: (
+        Tensor  # patches of all its images: (S, 588) uint8, or (S, 1176) float as transformers' processor gives them
+    )
     grid: Tensor  # (n, 3) int64, (1, rows, columns) of patches of each image
     features: Tensor | None  # (image tokens, C), the vision tower's output if it is known already: `encode_images`
 
@@ -58,17 +60,42 @@ class Prompt(Protocol):
 # The policy
 
 
+def float_patches(pixels: Tensor, levels: Tensor, frames: int) -> Tensor:
+    """uint8 patches (S, 3 * patch * patch) -> (S, 3 * frames * patch * patch), what transformers' processor makes of them.
+
+    A still image is a film of equal frames. `levels` is `color_levels`. Patches that are no bytes stay as they are.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    colors = pixels.int().view(len(pixels), 3, -1).unbind(1)  # 3 of (S, patch * patch)
+    normalized = torch.stack([level[color] for level, color in zip(levels, colors, strict=True)], 1)
+    return normalized[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+
+
+def color_levels(image_processor: Any) -> Tensor:
+    """(3, 256) float32: what transformers' processor makes of each byte of a red, green, blue pixel, bit for bit.
+
+    It rounds where the processor rounds: a float64 product, float32 afterwards.
+    """
+    mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std])[..., None]  # (3, 1) each
+    return ((torch.arange(256, dtype=torch.float64) * image_processor.rescale_factor).float() - mean) / std
+
+
 class PatchEmbed(Qwen2_5_VisionPatchEmbed):
     """transformers' patch embedding is a convolution whose stride is its kernel. A matrix product gives the same, faster.
 
     It also takes a list with the pixels of each prompt, because all pixels in one tensor would be the largest tensor of
-    a rollout.
+    a rollout, and bytes, which are normalised here: on their way they take an eighth of the room.
     """
+
+    levels: Tensor  # (3, 256), see color_levels
 
     def forward(self, pixels: Tensor | list[Tensor]) -> Tensor:
         weight = self.proj.weight.flatten(1)  # (C, 3, temporal, patch, patch) -> (C, 1176)
-        parts = [pixels] if isinstance(pixels, Tensor) else pixels
-        return torch.cat([F.linear(part.to(weight.device, weight.dtype), weight) for part in parts])  # (S, C)
+        levels, frames = self.levels.to(weight.dtype), self.proj.weight.shape[2]
+        parts = [part.to(weight.device) for part in ([pixels] if isinstance(pixels, Tensor) else pixels)]
+        floats = (float_patches(part, levels, frames).to(weight.dtype) for part in parts)
+        return torch.cat([F.linear(part, weight) for part in floats])  # (S, C)
 
 
 class Policy(nn.Module):
@@ -82,7 +109,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         model.set_attn_implementation(ATTENTION)
-        model.model.visual.patch_embed.__class__ = PatchEmbed  # same parameters under the same names
+        patches = model.model.visual.patch_embed
+        patches.__class__ = PatchEmbed  # same parameters under the same names
+        patches.register_buffer("levels", color_levels(image_processor).to(model.device), persistent=False)
         self.eos_id = tokenizer.eos_token_id
         # Never sampled: every special token but EOS (image, vision, padding, chat marks), and the rows beyond the
         # tokenizer that pad the embedding matrix. None belongs in an answer, and decoders often hide them: a policy

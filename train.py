@@ -304,7 +304,7 @@ def run(s: Settings, stop: Stop) -> Results:
         policy = load_start(start.model, s, world.device, read=world.main)
         steps = {1: s.steps1, 2: s.steps2}
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
-        stages = [make_stage(number, policy, train_items, val_items, s, show=world.main) for number in numbers]
+        stages = [make_stage(number, policy, train_items, val_items, s) for number in numbers]
         results = world.gather(folder.open(s, start, checkpoints) if world.main else None)[0]
         tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
         blind = evaluation.blind_rows(tests, train_items)
@@ -341,7 +341,6 @@ def run(s: Settings, stop: Stop) -> Results:
 def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the image workers' fork do not mix
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         s = parse_settings(argv)
@@ -351,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
             print(plan_text(s, HERE / "tiny" if s.model == "tiny" else s.model))
     except (SettingError, data.DataError, rarl.ModelError, OSError, Interrupted) as error:
         leave("train.py", error, rank, size)
-    except RuntimeError as error:  # a bug keeps its traceback; the death of a helper process or of a rank is none
+    except RuntimeError as error:  # a bug keeps its traceback; the death of a rank is none
         if not (sentence := lost_process(error)):
             raise
         leave("train.py", SettingError(sentence), rank, size)

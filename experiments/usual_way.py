@@ -44,6 +44,8 @@ def repeat_inputs(
     answers  their ids and mask, both (N, T); None: prompts alone
     """
     P = max(len(p.ids) for p in prompts)
+    embed = policy.model.model.visual.patch_embed
+    floats = lambda pixels: rarl.float_patches(pixels, embed.levels, embed.temporal_patch_size)
     left = lambda x: F.pad(x, (P - len(x), 0))
     rows = torch.stack([left(p.ids) for p in prompts]).repeat_interleave(G, 0).to(policy.device)  # (N, P)
     real = torch.stack([left(torch.ones_like(p.ids)) for p in prompts]).repeat_interleave(G, 0).to(policy.device)
@@ -53,7 +55,7 @@ def repeat_inputs(
     return dict(
         input_ids=rows,
         attention_mask=real,
-        pixel_values=torch.cat([p.pixels for p in prompts for _ in range(G)]).to(policy.device),
+        pixel_values=torch.cat([floats(p.pixels) for p in prompts for _ in range(G)]).to(policy.device),
         image_grid_thw=torch.cat([p.grid for p in prompts for _ in range(G)]).to(policy.device),
         mm_token_type_ids=(rows == policy.model.config.image_token_id).int(),
     )

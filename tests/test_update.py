@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_data import item
 
 import data
 import grpo
@@ -15,7 +16,7 @@ from support.datasets import load_dataset
 from support.learner.learner import Learner, micro_batches
 from support.learner.stage import Batch, RewardWeights, Stage
 from support.learner.world import World
-from support.run.preflight import preflight
+from support.run.preflight import hardest_samples, preflight
 from support.run.settings import SettingError, Settings
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -169,6 +170,20 @@ def test_activation_checkpointing_gives_the_same_gradients(policy):
         grads.append(list(seen.values()))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_preflight_checks_does_not_grow_with_the_data():
+    """Two tasks. Labels are written as integers, so 3.4 and 2.6 stand for all 3s; the longest answer has different labels first."""
+    half, one = data.Task("a", "?", "up", 4), data.Task("b", "?", "up", 4, decimals=1)
+    of = lambda task, *labels: [item(f"{task.name}{i}", label, task) for i, label in enumerate(labels)]
+    items = of(half, 3, 2.6, 3.4, 12, 12, 100, 9) + of(one, -1.5, 2)
+    found = [sample.labels for sample in hardest_samples(items, (1, 2, 4))]
+    alone_a, alone_b = [[2.6], [3.4], [9], [12], [100]], [[-1.5], [2]]
+    assert [x for x in found if len(x) == 1] == [*alone_a, [100], *alone_b, [2]]
+    assert [x for x in found if len(x) > 1] == [[100, 12], [100, 12, 2.6, 3], [-1.5, 2]]  # b has no four images
+    many = of(half, *range(5000), *range(5000))
+    assert len(hardest_samples(many, (1, 8))) <= 1002
+    assert hardest_samples(of(half, 1, 1, 10), (2, 3))[-1].labels == [10, 1, 1]
 
 
 def test_preflight_refuses_what_would_corrupt_gradients(policy, monkeypatch):

@@ -135,8 +135,8 @@ class Learner:
     def prepare(self, prompts: list) -> None:
         """Do once what rollout, update and reference all need: move the pixels, encode them if vision is frozen."""
         if self.world.device.type == "cuda":
-            for prompt in prompts:  # in bf16, as they are multiplied
-                prompt.pixels = prompt.pixels.to(self.world.device, torch.bfloat16)
+            for prompt in prompts:  # as bytes: they become numbers where they are multiplied
+                prompt.pixels = prompt.pixels.to(self.world.device)
         if self.vision_frozen:
             size = self.settings.rollout_batch  # bounds the memory of this pass too
             for b in range(0, len(prompts), size):

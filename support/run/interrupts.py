@@ -52,8 +52,6 @@ class Stop:
 def lost_process(error: RuntimeError) -> str | None:
     """What to say of an error that means: a process or the memory is gone. None: the error means something else."""
     text = str(error)
-    if "DataLoader worker" in text:
-        return "a process that reads images was ended from outside (out of memory?): --resume goes on, --workers 0 does without it"
     if "out of memory" in text or "can't allocate memory" in text:
         return (
             f"out of memory ({text.splitlines()[0][:120]}): --resume with a smaller --max-tokens-per-forward or "

@@ -1,11 +1,12 @@
 """What is checked before a run starts: that images can be read, and that the reward understands the reference answers."""
 
+import math
 import sys
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import data
 import rarl
@@ -53,23 +54,44 @@ def validation_prompts(items: list[data.Item], images: tuple[int, ...], count: i
 
 
 def make_stage(
-    number: int, policy: rarl.Policy, items: list[data.Item], val_items: list[data.Item], s: Settings, show: bool = False
+    number: int, policy: rarl.Policy, items: list[data.Item], val_items: list[data.Item], s: Settings
 ) -> Stage:  # fmt: skip
-    """A stage from the settings and the items. Every training prompt of it is checked first (`preflight`)."""
+    """A stage from the settings and the items. What its prompts ask for is checked first (`preflight`)."""
     steps, num_images = (s.steps1, (1,)) if number == 1 else (s.steps2, s.images)
     weights = RewardWeights(s.w_reg, s.w_rank if number == 2 else 0.0, s.w_format)
     balance = task_weights(items) if s.balance else None
     sampler = data.Sampler(items, num_images, s.batch_size, seed_of(s.seed, number), balance)
-    every_step = tqdm(range(steps), desc=f"preflight of stage {number}", disable=not show, delay=1, leave=False)
-    samples = [sample for step in every_step for sample in sampler.batch(step)]
+    samples = hardest_samples(items, num_images)
     length = s.max_new_tokens or data.max_answer_tokens(policy, samples)
     stage = Stage(number, steps, sampler, weights, length, validation_prompts(val_items, num_images, s.val_samples))
     preflight(policy, samples, stage)
     return stage
 
 
+def hardest_samples(items: list[data.Item], images: tuple[int, ...]) -> list[data.Sample]:
+    """Samples whose reference answers stand for all that a stage may draw from the items, however many they are.
+
+    Of each task: every value alone, with the lowest and the highest label that is written so (up to 1,000 values, both ends
+    among them), and for each number of images the longest answer.
+    """
+    samples = []
+    for task, pool in data.make_pools(items, 1).items():
+        text = lambda item, decimals=task.decimals: data.format_value(item.label, decimals)
+        labels = sorted({item.label: item for item in pool}.values(), key=lambda item: item.label)
+        values = [list(alike) for _, alike in groupby(labels, key=text)]
+        for alike in [*values[:: math.ceil(len(values) / 1000)], values[-1]]:
+            samples += [
+                data.Sample((item,)) for item in {alike[0].label: alike[0], alike[-1].label: alike[-1]}.values()
+            ]
+        # Different labels first, as they are drawn.
+        longest = [item for some in (labels, pool) for item in sorted(some, key=lambda item: -len(text(item)))]
+        longest = list({item.name: item for item in longest}.values())
+        samples += [data.Sample(tuple(longest[:n])) for n in images if 1 < n <= len(pool)]
+    return samples
+
+
 def preflight(policy: rarl.Policy, samples: list[data.Sample], stage: Stage) -> None:
-    """Refuse to start unless the reference answer of every training prompt earns the highest reward.
+    """Refuse to start unless the reference answers of these samples earn the highest reward.
 
     A wrong delta, a broken parser, swapped image ids or a tokenizer that does not give the text back would corrupt
     every gradient, and nothing would look wrong. Each prompt's reference makes the whole round: text -> tokens ->

@@ -107,7 +107,7 @@ class Settings:
         False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
     )
     offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
-    workers: int = setting(1, "processes that read and resize the next steps' images; 0: none")
+    workers: int = setting(1, "threads that read and resize the images of the next two steps; 0: none")
     plan: bool = setting(False, "print what the run needs in memory, for 1 to 8 processes, and end; reads no weights")
     gpu_memory: float = setting(80.0, "GB of a card, for --plan")
     # Safety

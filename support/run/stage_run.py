@@ -42,21 +42,18 @@ class StageRun:
         self.first, self.history, self.best = self.checkpoints.restore(self.checkpoint, learner, optimizer)
         base = self.folder.read_results().get("base", {})
         self.monitor = Monitor(self.folder.path, stage.number, self.first, stage.steps, world, s, base)
-        with self.monitor, self.stop.deferred():
+        self.batches = load_steps(stage.sampler, learner.policy, world, self.first, stage.steps, s.workers)
+        with self.monitor, self.stop.deferred(), contextlib.closing(self.batches):
             yield
         self.best.give_back(learner)
 
     def steps(self) -> Iterator[tuple[int, list[data.Sample], list[data.Prompt]]]:
         """(step, this process's samples, their prompts) of what is left of the stage."""
-        learner, last = self.learner, self.stage.steps
-        workers = learner.settings.workers
-        for step, samples, prompts in load_steps(
-            self.stage.sampler, learner.policy, learner.world, self.first, last, workers
-        ):
-            learner.prepare(prompts)
-            learner.clock.lap("data")
+        for step, samples, prompts in self.batches:
+            self.learner.prepare(prompts)
+            self.learner.clock.lap("data")
             yield step, samples, prompts
-            learner.clock.lap("other")  # what is between two steps
+            self.learner.clock.lap("other")  # what is between two steps
 
     def after_step(self, step: int, batch: Batch, metrics: dict) -> None:
         """Sync the policy that samples, remember, log, validate and save. Raises Interrupted where a signal has come."""
@@ -65,7 +62,9 @@ class StageRun:
         learner.sync_rollout_policy()
         learner.clock.lap("sync")
         if s.rmo_source == "history":
-            self.history = rmo.merge(self.history, *world.gather(remembered(batch)))
+            news = rmo.merge(*world.gather(remembered(batch)))
+            known = {name: self.history[name] for name in news.keys() & self.history.keys()}
+            self.history |= rmo.merge(known, news)  # in place: it may know as many images as the data set has
         self.monitor.log(step, batch, metrics, learner.clock.take())
         done = step + 1
         if stage.validation and (done == stage.steps or done % s.validate_every == 0):
