@@ -262,11 +262,19 @@ def cast_copy(
     return copy.deepcopy(policy, memo)
 
 
+# What `decode` puts at the end of an answer that was cut. It is a second JSON list, so reward.py finds no answer in the text:
+# a policy that lists everything and then goes on with white space to the limit has not learned to stop, and earns nothing.
+# The line break and the dots end whatever JSON the answer was cut in, a string or a list; else the mark might become part of it.
+CUT = '\n... ["cut off"]'
+
+
 def decode(policy: Policy, ids: Tensor, mask: Tensor) -> list[str]:
-    """(N, T) tokens -> N texts, without the closing EOS and without what the mask leaves out."""
+    """(N, T) tokens -> N texts, without the closing EOS and without what the mask leaves out. One without EOS ends in CUT."""
     rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
-    rows = [row[:-1] if row and row[-1] == policy.eos_id else row for row in rows]
-    return policy.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    ended = [row[-1:] == [policy.eos_id] for row in rows]
+    rows = [row[:-1] if end else row for row, end in zip(rows, ended, strict=True)]
+    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text if end else text + CUT for text, end in zip(texts, ended, strict=True)]
 
 
 def encode(policy: Policy, texts: list[str]) -> list[Tensor]:

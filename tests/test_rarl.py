@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import rarl
+import reward
 from experiments import usual_way
 from support.datasets import load_dataset
 from support.datasets.drawings import DOTS
@@ -296,6 +297,16 @@ def test_decode_and_encode_are_inverse(policy):
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
     assert rarl.decode(policy, ids, mask) == texts
+
+
+@pytest.mark.parametrize("end", ["", "\n\n\n", '[{"image_id": 1, "val', '[{"image_id": 1, "value":'])
+def test_a_cut_answer_is_marked_and_earns_nothing(policy, end):
+    whole = rarl.encode(policy, ['[{"image_id": 1, "value": 17}]' + end])[0]
+    for ids, earned in ((whole, 2.0), (whole[:-1], 0.0)):  # with its EOS, without
+        text = rarl.decode(policy, ids[None], torch.ones(1, len(ids)))[0]
+        assert text.endswith(rarl.CUT) == (earned == 0)
+        if earned == 0 or not end.strip():
+            assert reward.compute_reward(text, [17], 4).total == earned
 
 
 def test_special_tokens_show_in_decoded_text(policy):

@@ -250,7 +250,8 @@ def longest_prompt(s: Settings, model: Any) -> Longest:
     P = n * (tokens + 9) + question // 3 + 24  # 9: "Image 1: " and the image's marks; 24: the chat's
     values = [data.format_value(label, max(0, task.decimals)) for label in (min(labels), max(labels)) for task in tasks]
     answer = data.format_answer((i, max(values, key=len)) for i in range(1, n + 1))
-    T = s.max_new_tokens or len(answer) // 2 + 1 + 16  # as data.max_answer_tokens: EOS, slack
+    longest = len(answer) // 2  # tokens
+    T = s.max_new_tokens or longest + longest // 2 + 1 + 16  # as data.max_answer_tokens: EOS, slack
     return Longest(P, n * tokens * merge**2, T)
 
 
