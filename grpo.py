@@ -32,6 +32,8 @@ Shapes: B prompts, G answers per prompt, N = B*G answers, T answer tokens.
 import torch
 from torch import Tensor
 
+BETA = 0.04  # weight of the KL; our choice, DeepSeekMath's too
+
 
 def full_precision(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is that already. In bf16 the number after 1 is 1.0078, too coarse for ratios."""
@@ -97,7 +99,7 @@ def grpo_loss(
     mask: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    beta: float = 0.04,
+    beta: float = BETA,
     normalize: str = "sequence",
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -240,7 +240,8 @@ def compute_reward(
     if answer is None:
         return Reward(0.0, 0.0, 0.0, 0.0)
 
-    regression = sum(value_reward(value, labels[image_id - 1], delta) for image_id, value in answer) / len(answer)
+    # fsum is exact, so the same values listed in another order earn the same to the last bit: no advantage by rounding.
+    regression = math.fsum(value_reward(value, labels[image_id - 1], delta) for image_id, value in answer) / len(answer)
 
     ranking = 0.0
     if len(labels) > 1:

@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 import time
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -266,6 +267,13 @@ def test_regression_is_the_mean_over_images_matched_by_id():
     # pairs with the 40 are wrong, the other three right, tau = 0.
     text = answer((4, 48), (1, 10), (2, 22), (3, 26))
     assert compute_reward(text, [10, 20, 30, 40], delta=4) == Reward(1.0, 0.4375, 0.5, 1.9375)
+
+
+def test_the_order_of_the_list_does_not_change_the_values_reward_by_a_bit():
+    # Errors 1/3, 1, 3 and 2 of 10: in floating point their sum depends on the order of adding.
+    said = [(1, 20 + 1 / 3), (2, 11.0), (3, 33.0), (4, 42.0)]
+    orders = [compute_reward(answer(*order), [20, 10, 30, 40], delta=10).regression for order in permutations(said)]
+    assert len(set(orders)) == 1
 
 
 @pytest.mark.parametrize(

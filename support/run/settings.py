@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpo
 import rmo
 
 
@@ -73,7 +74,7 @@ class Settings:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
     beta: float = setting(
-        0.02, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
+        grpo.BETA, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
     )
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
     clip_high: float = setting(0.2, "and above 1 + clip_high")
