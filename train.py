@@ -47,7 +47,7 @@ import grpo
 import rarl
 import reward
 import rmo
-from support.datasets.saved_task import save_task
+from support.datasets import saved_task
 from support.learner.learner import Learner
 from support.learner.plan import plan_text
 from support.learner.policies import load_start
@@ -298,7 +298,7 @@ def run(s: Settings, stop: Stop) -> Results:
         start = folder.find_start(s, checkpoints, HERE / "tiny" if s.model == "tiny" else s.model)
         if world.main:
             check_policy(start.model)
-        train_items, test_items, val_items = load_items(s, world)
+        train_items, test_items, val_items = load_items(s, world, folder.path)
         if world.main:
             print(f"loading {start.model}", file=sys.stderr)
         policy = load_start(start.model, s, world.device, read=world.main)
@@ -306,6 +306,9 @@ def run(s: Settings, stop: Stop) -> Results:
         numbers = [number for number in range(start.stage, (s.stage or 2) + 1) if steps[number]]
         stages = [make_stage(number, policy, train_items, val_items, s) for number in numbers]
         results = world.gather(folder.open(s, start, checkpoints) if world.main else None)[0]
+        if world.main:
+            splits = [train_items, test_items, val_items]
+            saved_task.begin(folder.path, s.data, splits, task_overrides(s), s.max_pixels, s.skip_bad)
         tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
         blind = evaluation.blind_rows(tests, train_items)
         learner = Learner(policy, world, s)
@@ -323,11 +326,7 @@ def run(s: Settings, stop: Stop) -> Results:
             resume_from = start.checkpoint if stage.number == start.stage else None
             ask = partial(validate, learner, stage)
             train_stage(stage, learner, StageRun(folder, checkpoints, resume_from, stop, ask))
-            folder.save_policy(
-                learner,
-                stage.number,
-                lambda beside: save_task(beside, s.data, train_items, task_overrides(s), s.max_pixels, s.skip_bad),
-            )
+            folder.save_policy(learner, stage.number, partial(saved_task.copy, folder.path))
             report(f"stage {stage.number}")
             if world.main:
                 saved = folder.path / f"stage{stage.number}"

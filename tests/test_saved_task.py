@@ -3,14 +3,18 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from small_data import make_images
 
 import data
 from support.datasets import drawings
 from support.datasets.readers import READERS
-from support.datasets.saved_task import apply, describe, load_task, load_to_evaluate, save_task, task_to_rank_by
+from support.datasets.saved_task import apply, begin, describe, load_task, load_to_evaluate, save_task, task_to_rank_by
+from support.run.preflight import load_items, task_overrides
+from support.run.settings import Settings
 
 CATS, COWS = (data.Task(f"count {name}", f"How many {name}s?", "by number", delta=4) for name in ("cat", "cow"))
 
@@ -224,3 +228,77 @@ def test_what_is_asked_is_said(save):
     saved = save("dots", [drawings.DOTS])
     assert "trained on dots; the question of dials is new to it" in describe([drawings.DIALS], saved, "dials")
     assert "trained" not in describe([drawings.DOTS], saved, "dots") + describe([drawings.DOTS], saved, None)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run on 24 images, labels 0 to 7, as it began. -> its folder, the images', how it was set, its items"""
+    root, run = tmp_path / "set", tmp_path / "run"
+    make_images(root, [f"{i}.png" for i in range(24)])
+    (root / "labels.csv").write_text("path,label\n" + "".join(f"{i}.png,{i % 8}\n" for i in range(24)))
+    run.mkdir()
+    s = Settings(data="csv", data_root=str(root), images=(1,), columns=None)
+    splits = load_items(s, SimpleNamespace(main=True), run)
+    begin(run, "csv", splits, task_overrides(s), None, False)
+    return run, root, s, splits
+
+
+def go_on(run, s, **settings):
+    return load_items(replace(s, stage=2, **settings), SimpleNamespace(main=True), run)
+
+
+def test_what_a_run_began_with_is_what_it_goes_on_with(begun, capsys):
+    """A new label of 100 would make delta 25 of 1.75, a list file would move images, another order of lines the batches."""
+    run, root, s, splits = begun
+    facts = lambda splits: [[(i.name, i.label, i.task) for i in items] for items in splits]
+    lines = (root / "labels.csv").read_text().splitlines()
+    make_images(root, ["new.png"])
+    (root / "labels.csv").write_text("\n".join([lines[0], "new.png,100", *reversed(lines[1:])]))
+    (root / "test.txt").write_text(splits[0][0].name)
+    (root / "val.txt").write_text(splits[0][1].name)
+    for settings in ({}, {"stage": None, "resume": True}):
+        again = load_items(replace(s, **{"stage": 2} | settings), SimpleNamespace(main=True), run)
+        assert facts(again) == facts(splits) and again[0][0].task.delta == 1.75
+        assert "csv: 1 images were added since" in capsys.readouterr().err
+    # What the user says now wins, and is saved as said.
+    again = go_on(run, s, delta=3.0)
+    assert {i.task for items in again for i in items} == {replace(splits[0][0].task, delta=3.0)}
+    begin(run, "csv", again, task_overrides(replace(s, delta=3.0)), None, False)
+    assert load_task(run).overrides == {"delta": 3.0} and go_on(run, s)[0][0].task.delta == 3
+    # A run that begins derives all of it.
+    assert load_items(s, SimpleNamespace(main=True), run)[0][0].task.delta == 25
+
+
+def test_a_run_that_began_without_validation_gets_the_val_split_later(begun):
+    run, _, s, splits = begun
+    begin(run, "csv", [*splits[:2], []], {}, None, False)
+    assert [i.name for i in go_on(run, s)[2]] == [i.name for i in splits[2]]
+
+
+@pytest.mark.parametrize(("change", "said"), [("5.png,9\n", "5.png was 5 and is 9"), ("", "5.png was 5 and is gone")])
+def test_what_can_no_longer_hold_is_refused_by_name(begun, change, said):
+    run, root, s, _ = begun
+    (root / "labels.csv").write_text((root / "labels.csv").read_text().replace("5.png,5\n", change, 1))
+    with pytest.raises(data.DataError, match=f"began with 1 labels of csv that are no longer so: {said}. Put them"):
+        go_on(run, s)
+
+
+@pytest.mark.parametrize(
+    "damage", [None, "", "{", "[1, 2]\n", '["train", "5", "a.png"]\n', '["all", 5.0, "a.png"]\n', "3\n"]
+)
+def test_damaged_items_of_a_run_are_named(begun, damage):
+    run, _, s, _ = begun
+    (run / "items.jsonl").unlink() if damage is None else (run / "items.jsonl").write_text(damage)
+    with pytest.raises(data.DataError, match=r"items\.jsonl is damaged .*: restore it, or start another run"):
+        go_on(run, s)
+
+
+def test_another_data_set_in_a_later_stage_is_read_as_it_is(begun):
+    run, _, s, _ = begun
+    assert go_on(run, s, data="dots", data_root=None)[0][0].task == drawings.DOTS
+
+
+def test_a_run_says_what_it_began_with(finished):
+    run, _ = finished
+    assert load_task(run).tasks == {"dots": drawings.DOTS} and not (run / "items.jsonl").exists()
+    assert (run / "stage2/task.json").read_text() == (run / "task.json").read_text()

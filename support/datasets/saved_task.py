@@ -1,8 +1,11 @@
-"""The question that a policy was trained on, saved beside its weights as task.json, so that it is asked the same again.
+"""The question that a policy was trained on, saved with the run and beside its weights as task.json.
 
 A policy that is asked in other words, or scored with another tolerance, looks worse than it is, and nothing would say
 so. Training saves every task that it used, the data set's name, and what the user changed; evaluation and ranking apply
 it where the same data set is asked for. Another data set (transfer) is asked its own question.
+
+What a run derived from its data when it began (delta, decimals, question, splits) is part of it: a later stage or a resumed
+run reads task.json and items.jsonl of its folder, and derives nothing anew (`as_begun`).
 """
 
 import json
@@ -12,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError, Item, Task
+from support.datasets.drawings import DRAWN
 from support.datasets.readers import READERS
-from support.datasets.splits import load_splits
+from support.datasets.splits import load_splits, say
 from support.datasets.tasks import make_task
 from support.run.atomic_files import write_text
 
-FILE = "task.json"
+FILE, ITEMS = "task.json", "items.jsonl"
+ORDER = ("train", "test", "val")
 FIELDS = ("question", "order", "delta", "decimals")  # of a task, and what a user may change
 GIVEN = (*FIELDS, "columns")  # what a user may say about a data set
 
@@ -58,6 +63,72 @@ def save_task(
         "skip_bad": skip_bad,
     }
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def begin(
+    folder: Path, name: str, splits: list[list[Item]], given: dict, max_pixels: int | None, skip_bad: bool
+) -> None:
+    """Write what a run begins with, or goes on with, into its folder: task.json, and items.jsonl: split, label and name.
+
+    splits  the items of train, test and val
+    given   question, order, delta, decimals and columns as given now; else they are those that the run began with
+    """
+    overrides = overrides_for(load_task(folder), name, given)
+    save_task(folder, name, [item for items in splits for item in items], overrides, max_pixels, skip_bad)
+    rows = [(split, item.label, item.name) for split, items in zip(ORDER, splits, strict=True) for item in items]
+    if name not in DRAWN:  # drawings cannot change
+        write_text(folder / ITEMS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def copy(folder: Path, to: Path) -> None:
+    """The run's task.json, beside a policy that it trained."""
+    write_text(to / FILE, (folder / FILE).read_text(encoding="utf-8"))
+
+
+def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> list[list[Item]]:
+    """The items that the run in `folder` began with, in its order, splits and tasks, whatever the data set says now.
+
+    splits  the items of train, test and val as they are now. Those that were added are left out and counted
+    given   question, order, delta, decimals as given now; they win
+    Raises DataError, which names the first, if images are gone or have other labels.
+    """
+    saved = load_task(folder)
+    if saved is None:
+        say(f"{folder} has no task.json, so delta, question and splits are found anew")
+    if saved is None or saved.data != name:
+        return splits
+    if name in DRAWN:
+        return [apply(saved, name, items, given) for items in splits]
+    now = {item.name: item for items in splits for item in items}
+    begun: dict[str, list[Item]] = {split: [] for split in ORDER}
+    wrong = []
+    for split, label, item_name in _read_items(folder / ITEMS):
+        item = now.pop(item_name, None)
+        if item is None or item.label != label:
+            wrong.append(f"{item_name} was {label:g} and is {f'{item.label:g}' if item else 'gone'}")
+        else:
+            begun[split].append(item)
+    if wrong:
+        raise DataError(
+            f"{folder} began with {len(wrong)} labels of {name} that are no longer so: {'; '.join(wrong[:3])}. Put them "
+            "back, or start another run"
+        )
+    for split, items in zip(ORDER, splits, strict=True):  # the run may have begun without validation
+        begun[split] = begun[split] or [now.pop(item.name) for item in items if item.name in now]
+    if now:
+        say(f"{name}: {len(now)} images were added since {folder} began, such as {next(iter(now))}: left out")
+    return [apply(saved, name, items, given) for items in begun.values()]
+
+
+def _read_items(file: Path) -> list[tuple[str, float, str]]:
+    """What `begin` wrote."""
+    try:
+        rows = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        if rows and all([*map(type, row)] == [str, float, str] and row[0] in ORDER for row in rows):
+            return rows
+        raise ValueError("it does not hold what was written")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error}): restore it, or start another run") from None
 
 
 def load_task(folder: str | Path) -> SavedTask | None:

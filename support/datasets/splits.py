@@ -246,18 +246,20 @@ def load_splits(
     if skip_bad:
         openable, refused = keep_openable({split: items[split] for split in splits})
         items, left_out = items | openable, left_out + refused
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        if left_out:
-            print(
-                f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)",
-                file=sys.stderr,
-            )
-        if apart := format_outliers(items):
-            print(f"{name}: {apart}", file=sys.stderr)
+    if left_out:
+        say(f"{name}: left out {format_left_out(left_out, 0)}\n  (python data.py {name} names them)")
+    if apart := format_outliers(items):
+        say(f"{name}: {apart}")
     for split in splits:
         if not items[split] and split not in may_be_empty:
             raise DataError(f"the {split} split of {name} under {root} is empty ({len(left_out)} left out): add images")
     return [items[split] for split in (*splits, *labels_of)]
+
+
+def say(text: str) -> None:
+    """On stderr, of several processes by the first."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def keep_openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:

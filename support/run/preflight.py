@@ -4,6 +4,7 @@ import math
 import sys
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import data
 import rarl
 from support.datasets.balance import task_weights
 from support.datasets.image_files import unreadable
-from support.datasets.saved_task import GIVEN
+from support.datasets.saved_task import GIVEN, as_begun, load_task, overrides_for
 from support.datasets.splits import load_splits
 from support.learner.stage import RewardWeights, Stage, seed_of
 from support.learner.world import World
@@ -23,8 +24,10 @@ def task_overrides(s: Settings) -> dict[str, Any]:
     return {name: getattr(s, name) for name in GIVEN}
 
 
-def load_items(s: Settings, world: World) -> list[list[data.Item]]:
+def load_items(s: Settings, world: World, run: Path) -> list[list[data.Item]]:
     """The items of train, test and, if there is validation, val. A data set may do without the last.
+
+    A later stage or a resumed run takes those that the run began with, from its folder `run`.
 
     DataError if train or test has too few items for a prompt, or an image cannot be read.
 
@@ -34,8 +37,11 @@ def load_items(s: Settings, world: World) -> list[list[data.Item]]:
     if world.main:
         print(f"reading {s.data}", file=sys.stderr)
     wanted = ("train", "test", "val") if s.validate_every else ("train", "test")
-    splits = load_splits(s.data, s.data_root, wanted, task_overrides(s), s.skip_bad, may_be_empty=("val",))
+    goes_on, given = s.resume or s.stage == 2, task_overrides(s)
+    overrides = overrides_for(load_task(run), s.data, given) if goes_on else given
+    splits = load_splits(s.data, s.data_root, wanted, overrides, s.skip_bad, may_be_empty=("val",))
     splits += [[]] * (3 - len(wanted))
+    splits = as_begun(run, s.data, splits, given) if goes_on else splits
     if world.main and s.validate_every and not splits[2]:
         print(f"the val split of {s.data} is empty: no validation, a stage ends with its last policy", file=sys.stderr)
     for items in splits[:2]:

@@ -1,6 +1,7 @@
 """runs/NAME/: what lies in it, who owns it, where a run starts or goes on.
 
 settings.json                what the run was started with
+task.json, items.jsonl       what it began with: the questions; the items' splits, labels and names
 metrics.jsonl, timing.jsonl  one line a step
 validation.jsonl             one line a validation
 stage1/, stage2/             the policies in Hugging Face layout (with LoRA: adapters), with task.json and checksums.json
