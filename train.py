@@ -49,7 +49,6 @@ import reward
 import rmo
 from support.datasets import saved_task
 from support.learner.learner import Learner
-from support.learner.plan import plan_text
 from support.learner.policies import load_start
 from support.learner.stage import Batch, Stage, seed_of
 from support.learner.world import start_world
@@ -342,11 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        s = parse_settings(argv)
-        if not s.plan:
-            run(s, Stop())
-        elif rank == 0:
-            print(plan_text(s, HERE / "tiny" if s.model == "tiny" else s.model))
+        run(parse_settings(argv), Stop())
     except (SettingError, data.DataError, rarl.ModelError, OSError, Interrupted) as error:
         leave("train.py", error, rank, size)
     except RuntimeError as error:  # a bug keeps its traceback; the death of a rank is none

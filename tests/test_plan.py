@@ -1,4 +1,4 @@
-"""support/learner/plan.py: what `--plan` computes, held against real parameters, a real cache and what autograd really keeps."""
+"""support/learner/plan.py: what it computes, held against real parameters, a real cache and what autograd really keeps."""
 
 import copy
 import dataclasses
@@ -11,10 +11,9 @@ import torch
 
 import data
 import rarl
-import train
 from support.datasets import load_dataset
 from support.learner import lora
-from support.learner.plan import GB, Longest, Plan, longest_prompt, plan_text, read_model
+from support.learner.plan import GB, Longest, Plan, longest_prompt, main, plan_text, read_model
 from support.run.settings import Settings, parse_settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -113,21 +112,21 @@ def test_longest_prompt_is_not_underestimated(n):
 
 def test_largest_numbers_fit_and_one_more_does_not():
     """tiny on a card that holds little: the table's largest batch is checked against the formula."""
-    s = dataclasses.replace(Settings(), gpu_memory=2.1, batch_size=64)  # 2 GB of it are in reserve
+    s = dataclasses.replace(Settings(), batch_size=64)
     model = read_model(TINY)
     plan = Plan(model, s, longest_prompt(s, model))
-    line = next(x for x in plan_text(s, TINY).splitlines() if x.startswith("largest --rollout-batch"))
+    line = next(x for x in plan_text(s, TINY, 2.1).splitlines() if x.startswith("largest --rollout-batch"))
     largest = int(line.split()[2])
     room = 0.1 * GB - sum(plan.state().values())
     assert plan.rollout(largest, s.group_size) <= room < plan.rollout(largest + 1, s.group_size) and 1 < largest < 64
-    assert "GB too much for a 2.01 GB card" in plan_text(dataclasses.replace(s, gpu_memory=2.01), TINY)
+    assert "GB too much for a 2.01 GB card" in plan_text(s, TINY, 2.01)
 
 
 def test_plan_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main(["--plan"])
+    main([])
     assert "W = 8" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    s = parse_settings(["--plan", "--preset", "utkface", "--model", str(TINY)])  # no --data-root: from --max-pixels
+    s = parse_settings(["--preset", "utkface", "--model", str(TINY)], needed=())  # no --data-root: from --max-pixels
     assert longest_prompt(s, read_model(TINY)).S == 8 * 4 * 256
 
 
@@ -140,9 +139,9 @@ def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
         vision_config=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048),
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    s = parse_settings(["--plan", "--preset", "utkface", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    s = parse_settings(["--preset", "utkface", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"], needed=())
     readme = (TINY.parent / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(f"    {x}".rstrip() for x in plan_text(s, tmp_path).splitlines()) in readme
+    assert "\n".join(f"    {x}".rstrip() for x in plan_text(s, tmp_path, 80).splitlines()) in readme
 
 
 @pytest.mark.parametrize(
@@ -154,6 +153,7 @@ def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
         ((TINY / "config.json").read_text().replace('"patch_size": 14', '"patch_size": 0'), [], "a size in it is not"),
         ((TINY / "config.json").read_text(), ["--data", "cats"], "--data cats is unknown"),
         ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory -1.0 must be positive"),
+        ((TINY / "config.json").read_text(), ["--preset", "csv", "--steps1", "-1"], "--steps1 -1 must not be negative"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, config, more, said, capsys):
@@ -162,6 +162,6 @@ def test_bad_input_is_one_sentence(tmp_path, config, more, said, capsys):
         folder.mkdir()
         (folder / "config.json").write_text(config)
     with pytest.raises(SystemExit) as end:
-        train.main(["--plan", "--model", str(folder), *more])
+        main(["--model", str(folder), *more])
     message = f"{end.value.code}{capsys.readouterr().err}"
     assert re.search(said, message) and "Traceback" not in message

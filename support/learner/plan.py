@@ -1,6 +1,8 @@
-"""What a run needs in memory, computed from the model's config before anything is loaded: `python train.py --plan`.
+"""What a run needs in memory, computed from the model's config before anything is loaded.
 
-No weights are read, no GPU is needed. Each figure is a sum over tensors that the code is known to hold; what they are is
+    python -m support.learner.plan --gpu-memory 80 --preset utkface --model Qwen/Qwen2.5-VL-3B-Instruct
+
+takes the settings of train.py (without --data-root every image is taken to be of --max-pixels) and prints a table. No weights are read, no GPU is needed. Each figure is a sum over tensors that the code is known to hold; what they are is
 said beside the formula. On a CPU the parameters, the cache and the activations are held against real ones in
 tests/test_plan.py. On a GPU nothing has been measured: figures for it follow from its dtypes alone.
 
@@ -8,6 +10,10 @@ Letters: P tokens, S image patches of the longest prompt; T tokens of the longes
 C hidden size, I width of the MLP, H query heads, D head size, V vocabulary. GB is 10^9 bytes.
 """
 
+import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
+
+# isort: split
+import argparse
 import math
 from bisect import bisect_left
 from collections.abc import Callable
@@ -24,17 +30,20 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 import data
 import rarl
 from support.datasets.drawings import DRAWN
+from support.datasets.loader import AHEAD
 from support.datasets.readers import READERS
 from support.datasets.splits import load_splits
 from support.learner import lora
+from support.run.interrupts import leave
 from support.run.preflight import task_overrides
-from support.run.settings import Settings
+from support.run.settings import SettingError, Settings, parse_settings
 from support.show.tables import format_table
 
 GB = 1e9
 RESERVE = 2 * GB  # of a card: CUDA's own, libraries' workspaces, gaps that the allocator leaves
 PROCESSES = (1, 2, 4, 8)
-PROCESS = 3 * GB  # host memory of Python, torch and the images of the next steps
+PROCESS = 3 * GB  # host memory of Python and torch
+TINY = Path(__file__).resolve().parent.parent.parent / "tiny"
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,10 @@ class Plan:
     def state(self) -> dict[str, float]:
         """Weights in their roles, as support/learner/learner.py (Learner) holds them."""
         s, W, base, kl = self.s, self.W, self.weights, self.s.beta > 0
-        # Of all prompts of a step, in bf16 (Learner.prepare): their pixels, and what a frozen vision tower made of them.
+        # Of all prompts of a step (Learner.prepare): their pixels as bytes, and in bf16 what a frozen vision tower made of them.
+        # Of two steps, as the loop holds a batch until it has the next.
         features = 0 if self.vision_trained else self.text.hidden_size // self.vision.spatial_merge_size**2
-        images = self.prompts * self.longest.S * 2 * (self.patch() + features)
+        images = 2 * (self.pixels() + self.prompts * self.longest.S * 2 * features)
         if s.lora_rank:  # one copy of the base in bf16, on every rank; adapters in float32
             weights, sampling = 2 * base + 4 * self.trained, 0
             reference = 4 * self.trained if kl and s.stage != 1 else 0  # stage 2: the adapters of stage 1
@@ -90,9 +100,14 @@ class Plan:
             reference = kl * (2 * self.linear + 4 * (base - self.linear) if W == 1 else 2 * base / W + 2 * self.root)
         moments = 0 if s.offload else 8 * self.trained / W
         return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": moments,
-                "reference": reference, "copy that samples": sampling, "images of a step": images}  # fmt: skip
+                "reference": reference, "copy that samples": sampling, "images of two steps": images}  # fmt: skip
+
+    def pixels(self) -> int:
+        """Of all prompts of a step, as they travel."""
+        return self.prompts * self.longest.S * self.patch() // self.vision.temporal_patch_size
 
     def patch(self) -> int:
+        """Numbers of a patch as it is multiplied."""
         return self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
 
     # The rollout
@@ -188,7 +203,7 @@ class Plan:
         loading = self.weights * (2 if self.s.lora_rank else 4)
         saving = best + (4 * self.trained if self.s.lora_rank else 4 * self.weights)
         moments = 8 * self.trained if self.s.offload else 0
-        return self.W * PROCESS + moments + max(loading, saving)
+        return self.W * (PROCESS + (AHEAD + 1) * self.pixels()) + moments + max(loading, saving)
 
     def checkpoint(self) -> float:
         """Trained weights and their two moments in float32, and those of the best policy once there is one."""
@@ -221,7 +236,7 @@ def read_model(path: str | Path) -> Any:
             return Backbone(config)
     except Exception as error:  # damaged JSON makes transformers raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise rarl.ModelError(f"model {path}: cannot read config.json ({reason}): --plan needs that file") from None
+        raise rarl.ModelError(f"model {path}: cannot read config.json ({reason}): the plan needs that file") from None
 
 
 def longest_prompt(s: Settings, model: Any) -> Longest:
@@ -265,10 +280,10 @@ def size_of(item: data.Item) -> tuple[int, int]:
         raise data.DataError(f"image file {item.path} cannot be read ({error}): replace it or take it out") from None
 
 
-def column(plan: Plan) -> tuple[dict[str, str], str]:
-    """The figures of one number of processes, and the sentence about it if nothing fits."""
+def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
+    """The figures of one number of processes, and the sentence about it if nothing fits a card of so many GB."""
     s, state = plan.s, plan.state()
-    room = s.gpu_memory * GB - RESERVE - sum(state.values())
+    room = card * GB - RESERVE - sum(state.values())
     group = plan.longest.P + s.group_size * (plan.longest.T - 1)  # tokens of a prompt and its answers in the update
     prompts = min(s.rollout_batch, plan.prompts)
     groups = max(1, min(s.max_tokens_per_forward // group, plan.prompts))
@@ -296,20 +311,45 @@ def column(plan: Plan) -> tuple[dict[str, str], str]:
     rows |= {"host memory of all processes": gb(plan.host()), "a checkpoint": gb(plan.checkpoint())}
     least = max(plan.rollout(1, s.group_size), plan.update(1, True))
     what = f"{plan.W} process{'es' * (plan.W > 1)}"
-    return rows, f"{what}: {(least - room) / GB:.1f} GB too much for a {s.gpu_memory:g} GB card" if least > room else ""
+    return rows, f"{what}: {(least - room) / GB:.1f} GB too much for a {card:g} GB card" if least > room else ""
 
 
-def plan_text(s: Settings, path: str | Path) -> str:
-    """The table that --plan prints. Raises ModelError or DataError."""
+def plan_text(s: Settings, path: str | Path, card: float) -> str:
+    """The table that is printed, for cards of so many GB. Raises ModelError or DataError."""
     model = read_model(path)
     longest = longest_prompt(s, model)
     plans = [Plan(model, s, longest, W) for W in (PROCESSES[:1] if s.offload else PROCESSES)]
-    columns = [column(plan) for plan in plans]
+    columns = [column(plan, card) for plan in plans]
     table = [["GB per GPU, computed, not measured", *(f"W = {plan.W}" for plan in plans)]]
     table += [[name, *(rows[name] for rows, _ in columns)] for name in columns[0][0]]
     head = (
         f"{s.model}: {plans[0].weights / 1e9:.2f} B parameters, {plans[0].trained / 1e9:.3g} B of them trained; "
         f"the longest prompt has {longest.P} tokens ({longest.S} patches), the longest answer {longest.T}"
     )
-    notes = [f'* --activation-checkpointing; "-": not even one prompt fits a card of {s.gpu_memory:g} GB']
+    notes = [f'* --activation-checkpointing; "-": not even one prompt fits a card of {card:g} GB']
     return "\n".join([head, "", format_table(table), *notes, *(said for _, said in columns if said)])
+
+
+def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
+    """The settings of the run, and GB of a card. Raises SettingError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m support.learner.plan", allow_abbrev=False, epilog="All other arguments are those of train.py.",
+        description="Compute what a run needs in memory, on 1 to 8 processes.",
+    )  # fmt: skip
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of a card (default: 80)")
+    own, others = parser.parse_known_args(argv)
+    if not 0 < own.gpu_memory < math.inf:
+        raise SettingError(f"--gpu-memory {own.gpu_memory} must be positive and finite")
+    return parse_settings(others, needed=("model",)), own.gpu_memory
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        s, card = parse(argv)
+        print(plan_text(s, TINY if s.model == "tiny" else s.model, card))
+    except (SettingError, data.DataError, rarl.ModelError, OSError) as error:
+        leave("plan", error)
+
+
+if __name__ == "__main__":
+    main()

@@ -109,8 +109,6 @@ class Settings:
     )
     offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
     workers: int = setting(1, "threads that read and resize the images of the next two steps; 0: none")
-    plan: bool = setting(False, "print what the run needs in memory, for 1 to 8 processes, and end; reads no weights")
-    gpu_memory: float = setting(80.0, "GB of a card, for --plan")
     # Safety
     checkpoint_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "newest checkpoints that are kept")
@@ -148,7 +146,7 @@ PRESETS = {
 MACHINE = {
     "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
     "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track", "lora_merge",
-    "plan", "gpu_memory", "offload",
+    "offload",
 }  # fmt: skip
 
 
@@ -183,8 +181,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Defaults, then the preset, then what was typed; of a resumed run, its own. Raises SettingError."""
+def parse_settings(argv: list[str] | None = None, needed: tuple[str, ...] = ("model", "data_root")) -> Settings:
+    """Defaults, then the preset, then what was typed; of a resumed run, its own. Raises SettingError.
+
+    needed  what must be given with a preset, which does not know it
+    """
     typed = vars(make_parser().parse_args(argv))
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
     preset = typed.pop("preset", None)
@@ -202,7 +203,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         else:
             print(f"--resume: nothing is saved in {run} yet, so the run starts", file=sys.stderr)
             values["resume"] = False
-    for name in ("model",) if values["plan"] else ("model", "data_root"):
+    for name in needed:
         if preset and values[name] is None:
             raise SettingError(f"--preset {preset} needs {flag(name)}")
     settings = Settings(**values)
@@ -276,7 +277,7 @@ def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
-    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha", "gpu_memory")
+    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha")
     text = ("question", "order")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
