@@ -33,7 +33,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +43,15 @@ from tqdm import tqdm
 import data
 import rarl
 import reward
-from support import rank as ranking
+from support import rank
 from support.datasets import saved_task
 from support.datasets.image_files import unreadable
 from support.learner.policies import load_any
 from support.run.atomic_files import write_text
 from support.run.checkpoints import check_policy
-from support.run.eval_settings import output_folder, parse_arguments
-from support.show.blind import best_constants, constant_answer
-from support.show.pictures import draw_predictions, draw_ranking
-from support.show.results import remarks, results_table
-from support.show.tables import finite, format_table, mean
+from support.run.eval_settings import output_folder, parse_arguments, say
+from support.show.results import beside, blind_rows, finite, mean, remarks, results_table, write_predictions
+from support.show.sheets import draw_predictions
 
 # --- metrics: plain functions of two equally long lists of numbers, M = number of (value, label) pairs ------
 
@@ -106,7 +103,7 @@ def srcc(values: Numbers, labels: Numbers) -> float:
     """Spearman's rank correlation: Pearson's of the ranks, ties sharing their average rank. [-1, 1]; nan with
     fewer than two pairs or where either side is constant."""
     values, labels = _pair(values, labels)
-    return plcc(ranking.ranks(values), ranking.ranks(labels))
+    return plcc(rank.ranks(values), rank.ranks(labels))
 
 
 def tau_b(values: Numbers, labels: Numbers) -> float:
@@ -128,7 +125,7 @@ def tau_of_values(values: Numbers, labels: Numbers) -> float:
 def _agreement(values: Numbers, labels: Numbers) -> tuple[float, float, float]:
     """Over all ordered pairs of images: (concordant - discordant, pairs untied in values, pairs untied in labels)."""
     values, labels = _pair(values, labels)
-    values, labels = ranking.ranks(values), ranking.ranks(labels)  # order is all that counts; ranks cannot overflow
+    values, labels = rank.ranks(values), rank.ranks(labels)  # order is all that counts; ranks cannot overflow
     agreement = untied_values = untied_labels = 0.0
     rows = 1 + 2**20 // max(1, len(values))  # of the M x M table at a time: some 8 MB each, whatever M is
     for i in range(0, len(values), rows):
@@ -238,19 +235,6 @@ def answer_greedily(
     return texts
 
 
-def asker(policy: rarl.Policy, batch_size: int, progress: bool = False) -> ranking.Ask:
-    """What `ranking.rank_images` asks with: samples without labels, all with as many images, -> texts."""
-
-    def answers(samples: list[data.Sample]) -> list[str]:
-        # Nobody knows the labels, so room is left for five digits and the task's decimals.
-        longest = data.Sample(tuple(replace(item, label=99999.0) for item in samples[0].items))
-        room = data.max_answer_tokens(policy, [longest])
-        name = f"{len(longest.items)} in a prompt" if progress else None
-        return answer_greedily(policy, samples, batch_size, room, name)
-
-    return answers
-
-
 def judge(sample: data.Sample, text: str) -> dict:
     """One answer as a prediction (see `evaluate`). The text is parsed here, once."""
     known = lambda tau: None if math.isnan(tau) else tau
@@ -276,41 +260,9 @@ def judge(sample: data.Sample, text: str) -> dict:
     return prediction
 
 
-def write_predictions(predictions: Sequence[dict], path: str | Path) -> None:
-    """One JSON object a line."""
-    lines = [json.dumps(finite(p), allow_nan=False) for p in predictions]
-    write_text(Path(path), "".join(line + "\n" for line in lines))
-
-
-# --- what a policy that looks at no image would get -----------------------------------------------------------
-
-
-def blind_rows(
-    samples: dict[int, list[data.Sample]], train_items: Sequence[data.Item]
-) -> dict[str, dict[int, dict[str, float]]]:
-    """Further rows of `results_table`: the best constants of the training labels, and the order of the prompt.
-
-    samples: the test prompts for each number of images. Where all are of one task, its constant is in the row as
-    "constant". A constant lists nothing and an order says no values: the metrics that judge these are nan.
-    """
-    tasks = {sample.task for few in samples.values() for sample in few}
-    rows: dict[str, dict[int, dict[str, float]]] = {}
-    for name, says in best_constants(tasks, train_items).items():
-        constant = next(iter(says.values())) if len(says) == 1 else math.nan
-        more = {"tau": math.nan, "constant": constant}
-        rows[name] = {n: _blind_metrics(few, says) | more for n, few in samples.items()}
-    rows["prompt order"] = {}
-    for n, few in samples.items():
-        if n > 1:
-            row = _blind_metrics(few, {task.name: 0.0 for task in tasks})
-            known = {key: row[key] for key in ("n", "valid", "tau", "tau_n")}
-            rows["prompt order"][n] = dict.fromkeys([*row, "constant"], math.nan) | known
-    return rows
-
-
-def _blind_metrics(samples: Sequence[data.Sample], says: dict[str, float]) -> dict[str, float]:
-    """Metrics of a policy that says one value for each task, and lists the images as they stand in the prompt."""
-    return summarize([judge(sample, constant_answer(sample, says[sample.task.name])) for sample in samples])
+def grade(samples: Samples, texts: Sequence[str]) -> dict[str, float]:
+    """Metrics of answers that are known: those of a policy that looks at no image, say."""
+    return summarize([judge(sample, text) for sample, text in zip(samples, texts, strict=True)])
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -325,44 +277,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         rarl.check_path(args.model)  # before the data is read and the output folder made
         check_policy(args.model)
-        _rank(args) if args.rank else _evaluate(args)
+        rank.rank_command(args, load_policy, answer_greedily) if args.rank else _evaluate(args)
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not when the interpreter ends
     except (data.DataError, rarl.ModelError, OSError) as error:  # the user's; a bug keeps its traceback
         abandon_broken_stdout()
         raise SystemExit(f"eval.py: {error}{FULL if getattr(error, 'errno', 0) == errno.ENOSPC else ''}") from None
 
 
-def _load_policy(args: argparse.Namespace, max_pixels: int | None) -> rarl.Policy:
-    _say(f"loading {args.model} ...")
+def load_policy(args: argparse.Namespace, max_pixels: int | None) -> rarl.Policy:
+    say(f"loading {args.model} ...")
     policy = load_any(args.model, args.device, torch.bfloat16 if args.device.type == "cuda" else torch.float32)
     if max_pixels:  # areas, in spite of the names
         policy.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": max_pixels}
     return policy
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _evaluate(args: argparse.Namespace) -> None:
     # The data set first: a policy may take minutes to load, and only then is a mistyped name annoying.
     saved = saved_task.load_task(args.model)
-    _say(f"reading {args.data} ...")
+    say(f"reading {args.data} ...")
     items, train_items = saved_task.load_to_evaluate(
         saved, args.data, args.data_root, args.split, args.given, args.skip_bad
     )
     samples = {n: data.make_samples(items, n, args.samples, args.seed) for n in sorted(set(args.images))}
     _check_images(samples)
     out = output_folder(args, "eval", Path(args.model).name, args.data, args.split)
-    _say(saved_task.describe([item.task for item in items], saved, args.data))
-    policy = _load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
+    say(saved_task.describe([item.task for item in items], saved, args.data))
+    policy = load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
 
     rows, predictions = {}, []
     for n, few in samples.items():
         metrics, answers = evaluate(policy, few, args.batch_size, progress=f"{n} image{'s' * (n > 1)}")
-        rows[n] = metrics | {"remarks": remarks(answers)}
+        rows[n] = metrics | beside(answers)
         predictions += answers
-    results = {Path(args.model).name: rows} | blind_rows(samples, train_items)
+    results = {Path(args.model).name: rows} | blind_rows(samples, train_items, grade)
     print(results_table(results))
     for remark in remarks(predictions):
         print(f"note: {remark}")
@@ -378,31 +326,6 @@ def _check_images(samples: dict[int, list[data.Sample]]) -> None:
     if broken := unreadable(list(shown.values())):
         more = f"; {len(broken)} such in all" if len(broken) > 1 else ""
         raise data.DataError(f"{next(iter(broken.values()))}{more}, --skip-bad leaves them out")
-
-
-def _rank(args: argparse.Namespace) -> None:
-    saved = saved_task.load_task(args.model)
-    task = saved_task.task_to_rank_by(saved, args.data, args.data_root, args.given)
-    items, bad = ranking.load_images(ranking.find_images(args.rank), task, bool(args.skip_bad))
-    out = output_folder(args, "rank", Path(args.model).name, Path(args.rank[0]).resolve().stem)
-    if any(out.resolve() == Path(path).resolve() for path in args.rank):
-        raise data.DataError(f"--out {out} is ranked itself: its sheet would be among the images the next time")
-    _say(saved_task.describe([task], saved, args.data))
-    policy = _load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
-    windows = ranking.count_windows(len(items), args.window, args.rounds)
-    _say(f"{len(items)} prompts with 1 image, {windows} with {min(args.window, len(items))} ...")
-    ranked = ranking.rank_images(asker(policy, args.batch_size, progress=True), items, args.window, args.rounds)
-    if ranked.values.count(None) == len(items) and ranked.invalid == windows:
-        raise rarl.ModelError(
-            f"none of the {len(items) + windows} answers is valid, so there is no order: train this model first"
-        )
-    rows = ranking.ranking_rows(items, ranked)
-    print(json.dumps(rows) if args.json else format_table(ranking.ranking_table(rows), left=(2,)))
-    write_predictions(rows, out / "ranking.jsonl")
-    draw_ranking(items, ranked, out / "ranking.png")
-    for remark in ranking.ranking_remarks(ranked, bad):
-        _say(remark)
-    _say(f"wrote {out / 'ranking.jsonl'} and {out / 'ranking.png'}")
 
 
 if __name__ == "__main__":

@@ -59,12 +59,9 @@ from support.run.run_folder import RunFolder
 from support.run.settings import SettingError, Settings, parse_settings
 from support.run.stage_run import StageRun
 from support.show.model_card import what_was_learned, write_model_card
-from support.show.monitor import UpdateLog, dead_base
-from support.show.pictures import draw_predictions
-from support.show.results import Results, remarks, results_table
-from support.show.tables import mean
-from support.show.track import check_tracker
-from support.show.watch import compare_policies
+from support.show.monitor import UpdateLog, check_tracker, dead_base
+from support.show.results import Results, beside, blind_rows, intervals, mean, remarks, results_table, write_predictions
+from support.show.sheets import compare_policies, draw_predictions
 
 HERE = Path(__file__).resolve().parent
 
@@ -254,10 +251,11 @@ def validate(learner: Learner, stage: Stage) -> tuple[float, dict[int, dict]]:
     -> share of the best possible R_final, averaged over the numbers of images; for each number its own share ("reward")
     and the metrics of eval.py
     """
-    rows = {}
+    rows: dict[int, dict] = {}
     for n, answers in ask_everywhere(learner, stage.validation).items():
         earned = [stage.reward(p["text"], sample).total for p, sample in zip(answers, stage.validation[n], strict=True)]
-        rows[n] = {"reward": mean(earned) / stage.weights.max_reward(n)} | evaluation.summarize(answers)
+        share = {"reward": mean(earned) / stage.weights.max_reward(n)}
+        rows[n] = share | evaluation.summarize(answers) | {"interval": intervals(answers)}
     return mean(row["reward"] for row in rows.values()), rows
 
 
@@ -266,10 +264,10 @@ def evaluate_everywhere(
 ) -> dict[int, dict]:
     """The policy on test prompts, with everything that is written about it.  -> number of images -> metrics"""
     answers = ask_everywhere(learner, samples, name)
-    rows = {n: evaluation.summarize(some) | {"remarks": remarks(some)} for n, some in answers.items()}
+    rows = {n: evaluation.summarize(some) | beside(some) for n, some in answers.items()}
     predictions = [p for some in answers.values() for p in some]
     if learner.world.main:
-        evaluation.write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
+        write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
         draw_predictions([x for few in samples.values() for x in few], predictions, folder.path / "predictions.png")
         warnings = [f"{name}: {remark}" for remark in remarks(predictions)]
         if name == "base" and (dead := dead_base(rows)):
@@ -309,7 +307,7 @@ def run(s: Settings, stop: Stop) -> Results:
             splits = [train_items, test_items, val_items]
             saved_task.begin(folder.path, s.data, splits, task_overrides(s), s.max_pixels, s.skip_bad)
         tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
-        blind = evaluation.blind_rows(tests, train_items)
+        blind = blind_rows(tests, train_items, evaluation.grade)
         learner = Learner(policy, world, s)
 
         def report(name: str) -> None:

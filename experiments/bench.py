@@ -60,7 +60,7 @@ from experiments import make_tiny
 from experiments.commands import CommandError, check_writable, run_command
 from experiments.costs import bandwidth, decode_bytes, matmul_peak, peak_bytes, seconds, update_flops
 from experiments.job import WAYS, Job, compare_ways, noise_prompts
-from support.show.tables import format_table
+from support.show.results import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "update", "step", "memory")

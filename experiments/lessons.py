@@ -27,7 +27,7 @@ import rarl
 import reward
 from experiments.commands import CommandError
 from support.datasets.drawings import drawn_item
-from support.show.tables import format_number, format_table, mean
+from support.show.results import format_number, format_table, mean
 
 DATASETS = ("dots", "dials")
 IMAGES = (1, 2, 4, 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.runs import STEPS, Outcome, Row, Run, read_run
-from support.show.tables import format_number, format_table, mean
+from support.show.results import format_number, format_table, mean
 
 # Metric of the test answers -> title of its panel. All but the first are for each number of images.
 BARS = {

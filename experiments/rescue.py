@@ -29,7 +29,7 @@ from experiments.runs import ROOT, Trainer, plan
 from support.datasets import load_dataset
 from support.run.atomic_files import replace_folder
 from support.run.checkpoints import checksum
-from support.show.tables import format_table
+from support.show.results import format_table
 
 PROSE = "I cannot tell."
 VARIANTS = {"with RMO": ["--rmo-probability", "1"], "without RMO": ["--rmo-k", "0"]}

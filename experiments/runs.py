@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from experiments.commands import CommandError
 from support.run.settings import MACHINE, SettingError, parse_settings
-from support.show.tables import mean
+from support.show.results import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,19 +12,28 @@ The order is merged from many answers:
 5. A round shows every image about twice: with r rounds the policy reads 1 + 2r times as many images as there are.
 """
 
+import argparse
+import json
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import data
+import rarl
 import reward
 from data import DataError, Item, Sample, Task
+from support.datasets import saved_task
 from support.datasets.image_files import ENDINGS, open_image, unreadable
+from support.run.eval_settings import output_folder, say
+from support.show.results import format_table, write_predictions
+from support.show.sheets import draw_ranking
 
 Ask = Callable[[list[Sample]], list[str]]  # prompts -> the texts that a policy answers
 
@@ -171,6 +180,57 @@ def _strengths(wins: np.ndarray, prior: np.ndarray, precision: np.ndarray) -> np
         if np.abs(step).max(initial=0) < 1e-9:
             break
     return s
+
+
+# --- the command: `eval.py --rank` -----------------------------------------------------------------------------
+
+
+def rank_command(
+    args: argparse.Namespace,
+    load_policy: Callable[[argparse.Namespace, int | None], rarl.Policy],
+    answer_greedily: Callable[..., list[str]],
+) -> None:
+    """Rank --rank, print the table (or --json), write ranking.jsonl and ranking.png.
+
+    load_policy, answer_greedily: those of eval.py
+    """
+    saved = saved_task.load_task(args.model)
+    task = saved_task.task_to_rank_by(saved, args.data, args.data_root, args.given)
+    items, bad = load_images(find_images(args.rank), task, bool(args.skip_bad))
+    out = output_folder(args, "rank", Path(args.model).name, Path(args.rank[0]).resolve().stem)
+    if any(out.resolve() == Path(path).resolve() for path in args.rank):
+        raise DataError(f"--out {out} is ranked itself: its sheet would be among the images the next time")
+    say(saved_task.describe([task], saved, args.data))
+    policy = load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
+    windows = count_windows(len(items), args.window, args.rounds)
+    say(f"{len(items)} prompts with 1 image, {windows} with {min(args.window, len(items))} ...")
+    ask = asker(answer_greedily, policy, args.batch_size, progress=True)
+    ranked = rank_images(ask, items, args.window, args.rounds)
+    if ranked.values.count(None) == len(items) and ranked.invalid == windows:
+        raise rarl.ModelError(
+            f"none of the {len(items) + windows} answers is valid, so there is no order: train this model first"
+        )
+    rows = ranking_rows(items, ranked)
+    print(json.dumps(rows) if args.json else format_table(ranking_table(rows), left=(2,)))
+    write_predictions(rows, out / "ranking.jsonl")
+    draw_ranking(items, ranked.order, ranked.values, out / "ranking.png")
+    for remark in ranking_remarks(ranked, bad):
+        say(remark)
+    say(f"wrote {out / 'ranking.jsonl'} and {out / 'ranking.png'}")
+
+
+def asker(
+    answer_greedily: Callable[..., list[str]], policy: rarl.Policy, batch_size: int, progress: bool = False
+) -> Ask:
+    """What `rank_images` asks with: samples without labels, all with as many images, -> texts."""
+
+    def answers(samples: list[Sample]) -> list[str]:
+        # Nobody knows the labels, so room is left for five digits and the task's decimals.
+        longest = Sample(tuple(replace(item, label=99999.0) for item in samples[0].items))
+        name = f"{len(longest.items)} in a prompt" if progress else None
+        return answer_greedily(policy, samples, batch_size, data.max_answer_tokens(policy, [longest]), name)
+
+    return answers
 
 
 # --- image files in, rows out -------------------------------------------------------------------------------

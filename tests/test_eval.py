@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from fakes import TASK, answer, sample, scripted_policy
+from fakes import answer, sample, scripted_policy
 from scipy import stats
 
 import data
 import eval as evaluation
 from support import rank as ranking
-from support.show import pictures, results, tables
+from support.show import results, sheets
 
 
 @pytest.fixture
@@ -179,50 +179,6 @@ def test_a_summary_reads_no_text_again(policy, monkeypatch):
     assert evaluation.summarize(predictions) == metrics
 
 
-# --- beside what a blind policy would get ---------------------------------------------------------------------
-
-
-def items(labels, task):
-    return [data.Item(f"{task.name}{i}", label, task, lambda: None) for i, label in enumerate(labels)]
-
-
-def test_blind_rows_by_hand():
-    """Training labels 1, 1, 1, 9, 9, 10, 30: the median is 9. At delta 4 the constants earn (times 7): 1: 3;
-    9: 2 + 15/16 = 2.94; 10: 1 + 2 * 15/16 = 2.88. So 1 is the best by R_reg."""
-    train = items([1, 1, 1, 9, 9, 10, 30], TASK)
-    samples = {1: [sample(2), sample(9)], 2: [sample(5, 9), sample(9, 1), sample(3, 3), sample(1, 2)]}
-    rows = evaluation.blind_rows(samples, train)
-    assert list(rows) == ["best constant by R_reg", "best constant by MAE", "prompt order"]
-    by_reward, by_error, order = rows.values()
-    assert (by_reward[1]["constant"], by_error[1]["constant"]) == (1, 9)
-    assert by_reward[1]["mae"] == (1 + 8) / 2 and by_error[1]["mae"] == (7 + 0) / 2
-    assert by_reward[1]["regression"] == pytest.approx((15 / 16 + 0) / 2)
-    # Labels 5, 9, 9, 1, 3, 3, 1, 2 against 9.
-    assert by_error[2]["mae"] == pytest.approx((4 + 0 + 0 + 8 + 6 + 6 + 8 + 7) / 8)
-    assert by_error[2]["accuracy"] == 2 / 8
-    assert by_error[2]["regression"] == pytest.approx((0 + 1 + 1 + 0) / 2 / 4)
-    assert by_error[2]["tau_values"] == 0 and by_error[2]["tau_n"] == 3, "equal values are no order"
-    assert math.isnan(by_error[2]["tau"]), "a constant lists nothing"
-    # Prompt order: right, wrong, not comparable, right.
-    assert order == {2: pytest.approx(order[2], nan_ok=True)}, "one image has no order"
-    assert (order[2]["n"], order[2]["tau_n"]) == (4, 3) and order[2]["tau"] == pytest.approx(1 / 3)
-    assert math.isnan(order[2]["mae"]) and math.isnan(order[2]["tau_values"])
-
-
-def test_each_task_has_its_own_constant():
-    cats, cows = (data.Task(f"count {name}", "How many?", "by number", delta=4) for name in ("cat", "cow"))
-    train = items([1, 1, 2], cats) + items([7, 8, 8], cows)
-    samples = {1: [sample(1, task=cats), sample(8, task=cows)]}
-    rows = evaluation.blind_rows(samples, train)
-    assert rows["best constant by MAE"][1]["mae"] == 0 and math.isnan(rows["best constant by MAE"][1]["constant"])
-    # A task without training images is answered with the median of all labels, 1 1 2 7 8 8: 4.5, written as 4.
-    ewes = data.Task("count ewe", "How many?", "by number", delta=4)
-    rows = evaluation.blind_rows({1: [sample(4, task=ewes)]}, train)
-    assert rows["best constant by MAE"][1]["mae"] <= 1
-    # Without training labels there is no constant to find.
-    assert list(evaluation.blind_rows({2: [sample(1, 2)]}, [])) == ["prompt order"]
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +186,7 @@ def test_json_lines_round_trip(policy, tmp_path):
     policy.said = {"a1": 'twee\n"regels" \u2028 数 ' + answer((1, 5)), "b1": "nothing"}
     _, predictions = evaluation.evaluate(policy, [sample(5, prefix="a"), sample(6, 7, prefix="b")])
     predictions[1]["labels"] = [math.nan, 7.0]
-    evaluation.write_predictions(predictions, tmp_path / "p.jsonl")
+    results.write_predictions(predictions, tmp_path / "p.jsonl")
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -242,5 +198,5 @@ def test_json_lines_round_trip(policy, tmp_path):
 
 
 def test_examples_in_docstrings():
-    found = [doctest.testmod(module) for module in (evaluation, ranking, pictures, results, tables)]
+    found = [doctest.testmod(module) for module in (evaluation, ranking, results, sheets)]
     assert sum(result.attempted for result in found) >= 5 and not any(result.failed for result in found)

@@ -1,16 +1,23 @@
-"""support/show/monitor.py: what is logged of a step, and what a run is warned of."""
+"""support/show/monitor.py: what is logged of a step, what a run is warned of, and what trackers are told, by stand-ins."""
 
+import importlib.util
 import json
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
+from runs import lines, train_here
 
 import data
+import train
 from support.datasets import load_dataset
 from support.learner.stage import Batch, RewardWeights, Stage
-from support.show.clock import Clock
-from support.show.monitor import Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
-from support.show.tables import finite
+from support.run.settings import Settings
+from support.show import monitor
+from support.show.monitor import Clock, Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
+from support.show.results import finite
 
 
 def test_whatever_the_policy_writes_the_log_goes_on():
@@ -47,7 +54,7 @@ def test_the_progress_line_shows_the_base():
 
 def test_a_clock_knows_what_took_how_long(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 3.5, 10.0])
-    monkeypatch.setattr("support.show.clock.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("support.show.monitor.time.perf_counter", lambda: next(now))
     clock = Clock()
     for phase in ("rollout", "update", "rollout"):
         clock.lap(phase)
@@ -82,3 +89,68 @@ def test_dead_starts_are_named():
     rows = {1: {"n": 100, "valid": 0.06}, 2: {"n": 100, "valid": 0.02}}  # 4 % of all
     assert dead_base(rows).startswith("dead start: 4.0% of the base's answers are valid")
     assert dead_base({1: {"n": 100, "valid": 0.06}}) is None
+
+
+# --- trackers -----------------------------------------------------------------------------------------------
+
+SHORT = ["--steps1", "1", "--steps2", "1", "--images", "2", "--eval-samples", "1", "--watch-every", "0"]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Both, as modules that write down what they are told: (name, value, step)."""
+    told = SimpleNamespace(scalars=[], logs=[], purged=[], started=[])
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            told.started.append(folder)
+            told.purged.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            told.scalars.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    def init(**how):
+        told.started.append(how)
+        fake["wandb"].run = how
+
+    fake = {name: ModuleType(name) for name in ("torch.utils.tensorboard", "wandb")}
+    vars(fake["torch.utils.tensorboard"]).update(SummaryWriter=SummaryWriter)
+    log = lambda numbers, step: told.logs.append((numbers, step))
+    vars(fake["wandb"]).update(run=None, init=init, log=log)
+    for name, module in fake.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    return told
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb"])
+def test_what_is_written_is_sent_under_the_same_names(tmp_path, monkeypatch, installed, library):
+    monkeypatch.chdir(tmp_path)
+    train_here(*SHORT, "--track", library)
+    metrics = lines(tmp_path / "runs/rarl/metrics.jsonl")
+    if library == "wandb":  # once for both stages
+        (started,) = installed.started
+        assert started["name"] == "rarl" and started["config"]["steps1"] == 1
+        scalars = [(name, value, step) for numbers, step in installed.logs for name, value in numbers.items()]
+    else:
+        assert installed.started == ["runs/rarl/tensorboard"] * 2 and installed.purged == [0, 1]
+        scalars = installed.scalars
+    for step, line in enumerate(metrics):  # stage 2 goes on where stage 1 ended
+        for name in line.keys() - {"stage", "step"}:
+            assert line[name] is None or (name, line[name], step) in scalars
+    assert {name for name, _, step in scalars if step == 1} >= {"validation/reward", "validation/2/tau", "reward"}
+
+
+def test_what_is_not_installed_is_named_before_anything_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main([*SHORT, "--track", "wandb"])
+    assert "--track wandb: the package wandb is not installed: pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "rarl").exists()
+    assert (
+        monitor.start_tracker(Settings(), tmp_path, 0, True)(0, {"reward": 1.0}) is None
+    )  # nothing asked for, nothing sent

@@ -16,6 +16,7 @@ from support.rank import (
     PLACE,
     Ranking,
     _strengths,
+    asker,
     find_images,
     merge_rankings,
     rank_images,
@@ -127,17 +128,17 @@ def test_windows_find_the_exact_order_that_coarse_values_leave_open(ranker):
     labels = random.Random(0).sample(range(30), 30)
     label = lambda name: labels[int(name)]
     ranker.say = lambda names: listing(names, label) if len(names) > 1 else answer((1, label(names[0]) // 5))
-    ranking = rank_images(evaluation.asker(ranker, 8), images(30), window=4, rounds=2)
+    ranking = rank_images(asker(evaluation.answer_greedily, ranker, 8), images(30), window=4, rounds=2)
     assert [labels[i] for i in ranking.order] == list(range(30))
     assert ranking.values == [x // 5 for x in labels]
-    alone = rank_images(evaluation.asker(ranker, 16), images(30), rounds=0)
+    alone = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(30), rounds=0)
     assert stats.kendalltau([labels[i] for i in alone.order], range(30)).statistic < 0.95
     assert (alone.windows, alone.invalid) == (0, 0)
 
 
 def test_questions_are_few_shuffled_and_the_same_each_time(ranker):
     ranker.say = lambda names: answer(*((i, int(name)) for i, name in enumerate(names, 1)))  # as numbered in the prompt
-    first = rank_images(evaluation.asker(ranker, 16), images(40), window=4, rounds=2)
+    first = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(40), window=4, rounds=2)
     asked = list(ranker.prompts)
     singles, windows = asked[:40], asked[40:]
     assert singles == [[f"{i}"] for i in range(40)]
@@ -146,7 +147,7 @@ def test_questions_are_few_shuffled_and_the_same_each_time(ranker):
     # This policy favours the first image always. It should not find the order of the values that it is shown.
     rising = sum(int(a) < int(b) for names in windows for a, b in zip(names, names[1:], strict=False))
     assert 0.35 < rising / (3 * len(windows)) < 0.65
-    assert rank_images(evaluation.asker(ranker, 40), images(40), window=4, rounds=2) == first
+    assert rank_images(asker(evaluation.answer_greedily, ranker, 40), images(40), window=4, rounds=2) == first
     assert ranker.prompts[len(asked) :] == asked
     # Room for five digits, whatever the label: [{"image_id": 1, "value": 99999}] and four of these in a list.
     assert set(ranker.tokens) == {33, 4 * 33}
@@ -154,10 +155,10 @@ def test_questions_are_few_shuffled_and_the_same_each_time(ranker):
 
 def test_few_images_make_one_window_and_one_makes_none(ranker):
     ranker.say = lambda names: listing(names, lambda name: -int(name)) if len(names) > 1 else answer((1, 5))
-    ranking = rank_images(evaluation.asker(ranker, 16), images(3), window=4, rounds=2)
+    ranking = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(3), window=4, rounds=2)
     assert ranking == ([2, 1, 0], [5, 5, 5], 2, 0)
     assert [sorted(names) for names in ranker.prompts[3:]] == [["0", "1", "2"]] * 2
-    assert rank_images(evaluation.asker(ranker, 16), images(1)) == ([0], [5], 0, 0)
+    assert rank_images(asker(evaluation.answer_greedily, ranker, 16), images(1)) == ([0], [5], 0, 0)
 
 
 def test_merged_ranking_beats_the_values_where_all_answers_are_noisy(ranker):
@@ -168,7 +169,7 @@ def test_merged_ranking_beats_the_values_where_all_answers_are_noisy(ranker):
         ranker.say = lambda names, heard=heard: (
             listing(names, heard) if len(names) > 1 else answer((1, heard(names[0])))
         )
-        ranking = rank_images(evaluation.asker(ranker, 16), images(60))
+        ranking = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(60))
         place = np.argsort(ranking.order)
         taus.append([stats.kendalltau(x, labels).statistic for x in (ranking.values, place)])
     values, merged = np.mean(taus, axis=0)
@@ -183,7 +184,7 @@ def test_invalid_answers_are_counted_and_their_images_placed_by_votes(ranker):
         return "[]" if "7" in names else listing(names, int)  # whoever sees image 7 is lost
 
     ranker.say = say
-    ranking = rank_images(evaluation.asker(ranker, 16), images(12), window=4, rounds=3)
+    ranking = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(12), window=4, rounds=3)
     assert ranking.values == [None, 1, 2, 3, None, 5, 6, 7, None, 9, 10, 11]
     assert ranking.invalid == sum("7" in names for names in ranker.prompts[12:]) > 0
     assert ranking.windows == len(ranker.prompts) - 12
@@ -192,7 +193,12 @@ def test_invalid_answers_are_counted_and_their_images_placed_by_votes(ranker):
     assert stats.kendalltau(ranking.order, range(12)).statistic > 0.9
 
     ranker.say = lambda names: "no idea"
-    assert rank_images(evaluation.asker(ranker, 16), images(5), rounds=1) == ([0, 1, 2, 3, 4], [None] * 5, 2, 2)
+    assert rank_images(asker(evaluation.answer_greedily, ranker, 16), images(5), rounds=1) == (
+        [0, 1, 2, 3, 4],
+        [None] * 5,
+        2,
+        2,
+    )
 
 
 def remarks_on(values, windows=4, invalid=0):

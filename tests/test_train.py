@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import grpo
 import train
 from support.datasets import load_dataset
+from support.show import monitor
 
 
 def test_both_stages_end_to_end(finished):
@@ -155,7 +156,8 @@ def test_bad_steps_stop_the_run_and_leave_the_last_sound_checkpoint(tmp_path, mo
         return (loss * torch.nan if len(calls) > 1 else loss), stats
 
     monkeypatch.setattr(grpo, "grpo_loss", spoiled)
-    arguments = ["--stage", "1", "--steps1", "6", "--max-bad-steps", "3"]
+    monkeypatch.setattr(monitor, "BAD_STEPS", 3)
+    arguments = ["--stage", "1", "--steps1", "6"]
     with pytest.raises(SystemExit):
         train_here(*arguments)
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ from support.learner.stage import RewardWeights, Stage
 from support.run.checkpoints import Best
 from support.run.preflight import validation_prompts
 from support.show.monitor import Monitor
-from support.show.tables import mean
+from support.show.results import mean
 
 SHORT = ["--stage", "1", "--eval-samples", "1", "--watch-every", "0"]
 

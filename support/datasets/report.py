@@ -37,9 +37,8 @@ from support.datasets.saved_task import GIVEN
 from support.datasets.splits import LeftOut, format_left_out, format_outliers, keep_openable, read_dataset
 from support.run.atomic_files import write_text
 from support.run.quiet_end import abandon_broken_stdout
-from support.show.blind import best_constant
-from support.show.pictures import write
-from support.show.tables import format_number, format_table
+from support.show.results import best_constant, format_number, format_table
+from support.show.sheets import write
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of the sheet
 SHOWN = 5  # examples of what is wrong; tasks whose question is printed

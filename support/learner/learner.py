@@ -26,7 +26,7 @@ from support.learner.offload import HostAdamW
 from support.learner.stage import Batch
 from support.learner.world import World
 from support.run.settings import Settings
-from support.show.clock import Clock
+from support.show.monitor import Clock
 
 
 class Learner:

@@ -37,7 +37,7 @@ from support.learner import lora
 from support.run.interrupts import leave
 from support.run.preflight import task_overrides
 from support.run.settings import SettingError, Settings, parse_settings
-from support.show.tables import format_table
+from support.show.results import format_table
 
 GB = 1e9
 RESERVE = 2 * GB  # of a card: CUDA's own, libraries' workspaces, gaps that the allocator leaves

@@ -1,6 +1,7 @@
 """The settings of `python eval.py`: reading them, and refusing what does not go together."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -126,3 +127,8 @@ def output_folder(args: argparse.Namespace, *name: str) -> Path:
             return out
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise DataError(f"nothing can be written to --out {out}: {getattr(error, 'strerror', error)}") from None
+
+
+def say(text: str) -> None:
+    """What is not the result goes to standard error."""
+    print(text, file=sys.stderr, flush=True)

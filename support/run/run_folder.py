@@ -37,8 +37,7 @@ from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
 from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
 from support.run.settings import SettingError, Settings, comparable
-from support.show.results import Results, results_table
-from support.show.tables import finite
+from support.show.results import Results, finite, results_table
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ class RunFolder:
 
 def _metrics(row: dict) -> dict[str, Any]:
     """One row of results.json with nan for null. Raises ValueError or AttributeError if it is none."""
-    numbers = [x for name, x in row.items() if name != "remarks"]
+    numbers = [x for name, x in row.items() if name not in ("interval", "remarks")]
     if not {"n", "valid"} <= row.keys() or not all(x is None or isinstance(x, int | float) for x in numbers):
         raise ValueError("a row of it is not what was written")
     return {name: math.nan if x is None else x for name, x in row.items()}

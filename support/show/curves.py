@@ -7,13 +7,14 @@ It reads metrics.jsonl, timing.jsonl and validation.jsonl. matplotlib draws.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.show.tables import mean
+from support.show.results import mean
 
 SHARE, FROM_0 = (-0.03, 1.03), (0, None)  # limits of the y axis
 # kind, metric, title, limits. Sampled answers and validation are drawn for each number of images apart.
@@ -90,6 +91,15 @@ def curve(steps: list[dict], kind: str, name: str, images: int | None = None) ->
     if kind == "timing":
         return smoothed([(x, step["timing"].get(name, 0.0)) for x, step in enumerate(steps) if "timing" in step])
     return smoothed([(x, step.get(name)) for x, step in enumerate(steps) if images in (None, step["images"])])
+
+
+def watch_curves(folder: Path) -> None:
+    """Write curves.png, if matplotlib is there."""
+    if importlib.util.find_spec("matplotlib"):
+        try:
+            draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
+        except CurvesError as error:  # lines of an earlier stage that somebody changed: no reason to stop
+            print(f"no curves: {error}", file=sys.stderr)
 
 
 def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:

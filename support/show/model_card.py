@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
 from data import IMAGE, Item, question_text
 from support.learner import lora
@@ -12,14 +13,75 @@ from support.run.atomic_files import write_text
 from support.run.settings import MACHINE, Settings, flag
 from support.show.results import Results, results_table
 
-BLIND_VALUE, BLIND_ORDER = "best constant by MAE", "prompt order"  # rows of eval.blind_rows
+CARD = Template("""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+base_model: $base
+tags: [rarl, grpo, ordinal-regression, ranking]
+---
+
+# $data, $name of RARL
+
+A Qwen2.5-VL trained by ranking-aware reinforcement learning (RARL, arXiv 2601.20585) to answer, for one or several images,
+with a JSON list `[{"image_id": 2, "value": 17}, {"image_id": 1, "value": 23}]` in ranked order, lowest first.
+
+## Task
+
+$questions
+
+Data: $data, $images training images. The exact question, the order, the tolerance and the decimals are in `task.json`.
+
+## Results
+
+On the test split, greedy answers, $prompts prompts at most for each number of images. The last rows of each block are policies that look at no image.
+
+```
+$results
+```
+
+## Settings
+
+Trained for $length. All but these settings are the defaults of train.py:
+
+$settings
+
+## Use
+
+With $needs:
+
+```python
+${imports}from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+folder = "$folder"
+$load
+tokenizer = AutoTokenizer.from_pretrained(folder)
+processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+photos = processor([Image.open("photo.png").convert("RGB")], return_tensors="pt")
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": $content}], add_generation_prompt=True, tokenize=False
+)
+for grid in photos["image_grid_thw"]:  # each image's mark becomes as many as it has tokens
+    prompt = prompt.replace("<|image_pad|>", "<|mark|>" * (int(grid.prod()) // 4), 1)
+tokens = tokenizer(prompt.replace("<|mark|>", "<|image_pad|>"), add_special_tokens=False, return_tensors="pt")
+tokens["mm_token_type_ids"] = (tokens["input_ids"] == model.config.image_token_id).int()  # where the images are
+answer = model.generate(**tokens, **photos, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With the code that trained it: `python eval.py --model $folder --rank PHOTOS`.
+""")
+
+BLIND_VALUE, BLIND_ORDER = "best constant by MAE", "prompt order"  # rows of results.blind_rows
 
 
 def what_was_learned(results: Results) -> str:
     """How far values and order came from the first policy to the last, what a blind one would get, and how many answers
     that rests on.
 
-    results: rows of policies, the first and the last of them are compared, and those of eval.blind_rows.
+    results: rows of policies, the first and the last of them are compared, and those of results.blind_rows.
     """
     policies = [name for name in results if name == "base" or name.startswith("stage")]
     first, last = policies[0], policies[-1]
@@ -59,83 +121,36 @@ def _how_to_load(folder: Path) -> tuple[str, str, str]:
 def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item], results: Results) -> None:
     """README.md in a saved policy's folder.  name: its row in the results.  items: what it was trained on"""
     questions = sorted({item.task.question for item in items})
-    defaults = Settings()
-    changed = {
-        f.name: getattr(s, f.name)
-        for f in dataclasses.fields(s)
-        if f.name not in MACHINE and getattr(s, f.name) != getattr(defaults, f.name)
-    }
-    settings = "\n".join(
-        f"    {flag(k)} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items()
-    )
-    shown = {row: metrics for row, metrics in results.items() if not row.startswith("stage") or row <= name}
+    more = [f"and {len(questions) - 5} more"] if len(questions) > 5 else []
     stages = [f"{s.steps1} steps with 1 image in a prompt (stage 1)"]
     if name == "stage 2":
         stages.append(f"{s.steps2} steps with {' / '.join(map(str, s.images))} images (stage 2)")
-    length = " and then ".join(stages)
     needs, imports, load = _how_to_load(folder)
-    content = f"Image 1: {IMAGE}\n" + question_text(items[0].task, 1)
-    more = f"\n\nand {len(questions) - 5} more" if len(questions) > 5 else ""
-    write_text(
-        folder / "README.md",
-        f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-base_model: {s.model}
-tags: [rarl, grpo, ordinal-regression, ranking]
----
+    card = CARD.substitute(
+        base=s.model,
+        data=s.data,
+        name=name,
+        questions="\n\n".join([f"> {question}" for question in questions[:5]] + more),
+        images=f"{len(items):,}",
+        prompts=s.eval_samples,
+        results=results_table(
+            {row: known for row, known in results.items() if not row.startswith("stage") or row <= name}
+        ),
+        length=" and then ".join(stages),
+        settings=_changed_settings(s) or "    (none)",
+        needs=needs,
+        imports=imports,
+        load=load,
+        folder=folder,
+        content=json.dumps(f"Image 1: {IMAGE}\n" + question_text(items[0].task, 1), ensure_ascii=False),
+    )
+    write_text(folder / "README.md", card)
 
-# {s.data}, {name} of RARL
 
-A Qwen2.5-VL trained by ranking-aware reinforcement learning (RARL, arXiv 2601.20585) to answer, for one or several images,
-with a JSON list `[{{"image_id": 2, "value": 17}}, {{"image_id": 1, "value": 23}}]` in ranked order, lowest first.
-
-## Task
-
-{chr(10).join(f"> {question}" for question in questions[:5])}{more}
-
-Data: {s.data}, {len(items):,} training images. The exact question, the order, the tolerance and the decimals are in `task.json`.
-
-## Results
-
-On the test split, greedy answers, {s.eval_samples} prompts at most for each number of images. The last rows of each block are policies that look at no image.
-
-```
-{results_table(shown)}
-```
-
-## Settings
-
-Trained for {length}. All but these settings are the defaults of train.py:
-
-{settings or "    (none)"}
-
-## Use
-
-With {needs}:
-
-```python
-{imports}from PIL import Image
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-folder = "{folder}"
-{load}
-tokenizer = AutoTokenizer.from_pretrained(folder)
-processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-
-photos = processor([Image.open("photo.png").convert("RGB")], return_tensors="pt")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": {json.dumps(content, ensure_ascii=False)}}}], add_generation_prompt=True, tokenize=False
-)
-for grid in photos["image_grid_thw"]:  # each image's mark becomes as many as it has tokens
-    prompt = prompt.replace("<|image_pad|>", "<|mark|>" * (int(grid.prod()) // 4), 1)
-tokens = tokenizer(prompt.replace("<|mark|>", "<|image_pad|>"), add_special_tokens=False, return_tensors="pt")
-tokens["mm_token_type_ids"] = (tokens["input_ids"] == model.config.image_token_id).int()  # where the images are
-answer = model.generate(**tokens, **photos, do_sample=False, max_new_tokens=64)
-print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-With the code that trained it: `python eval.py --model {folder} --rank PHOTOS`.
-""",
+def _changed_settings(s: Settings) -> str:
+    """A line for each that is not the default, but for those of the machine."""
+    names = [field.name for field in dataclasses.fields(s) if field.name not in MACHINE]
+    changed = {name: getattr(s, name) for name in names if getattr(s, name) != getattr(Settings(), name)}
+    return "\n".join(
+        f"    {flag(k)} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items()
     )

@@ -1,13 +1,17 @@
-"""What is seen of a run while it trains: the metrics of a step over all ranks, the progress line, warnings, evidence.
+"""What is seen of a run while it trains: metrics of a step over all ranks, its time, progress, warnings, trackers, evidence.
 
 Nothing here changes what is learned, with one exception: `Monitor` ends a run whose steps are bad (a loss or gradient
 that is not finite) again and again.
 """
 
+import dataclasses
+import importlib.util
 import json
 import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,11 @@ from tqdm import tqdm
 from support.learner.stage import Batch
 from support.learner.world import World
 from support.run.settings import SettingError, Settings
-from support.show.tables import finite, mean
-from support.show.track import start_tracker
-from support.show.watch import watch_curves, watch_group
+from support.show.curves import watch_curves
+from support.show.results import finite, mean
+from support.show.sheets import watch_group
+
+BAD_STEPS = 5  # in a row, and the run ends
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics of one step
@@ -123,6 +129,24 @@ class UpdateLog:
         }
 
 
+class Clock:
+    """Seconds of each phase of a step, on this process. A phase ends in numbers on the CPU, so no GPU is waited for here."""
+
+    def __init__(self) -> None:
+        self.last, self.phases = time.perf_counter(), dict[str, float]()
+
+    def lap(self, phase: str) -> None:
+        """`phase` is what was done since the lap before."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def take(self) -> dict[str, float]:
+        """The phases since `take` was called before."""
+        phases, self.phases = self.phases, {}
+        return phases
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Warnings
 
@@ -191,7 +215,7 @@ class Monitor:
         self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings, base: dict[int, dict]
     ):
         self.folder, self.stage, self.world, self.base = folder, stage, world, base
-        self.max_bad_steps, self.watch_every = s.max_bad_steps, s.watch_every
+        self.watch_every = s.watch_every
         self.in_turn = len(s.images) if stage == 2 else 1
         self.bad = 0  # steps in a row
         self.warnings = Warnings()
@@ -212,7 +236,7 @@ class Monitor:
             watch_curves(self.folder)
 
     def log(self, step: int, batch: Batch, update_metrics: dict[str, Any], seconds: dict[str, float]) -> None:
-        """Write down one step. All ranks call it. Raises SettingError after --max-bad-steps bad ones in a row.
+        """Write down one step. All ranks call it. Raises SettingError after BAD_STEPS bad ones in a row.
 
         seconds  what each phase took since the last step
         """
@@ -237,7 +261,7 @@ class Monitor:
             if since == 0:
                 watch_curves(self.folder)
         self.progress.update()
-        if self.bad >= self.max_bad_steps:
+        if self.bad >= BAD_STEPS:
             raise SettingError(
                 f"{self.bad} steps in a row had a loss or gradient that is not finite; the batches are in "
                 f"{self.folder / 'bad_steps'}, the last sound weights in {self.folder / 'checkpoints'}: look at the "
@@ -248,7 +272,9 @@ class Monitor:
         """Write down what `train.validate` returned after that step."""
         if self.world.main:
             self._write(self.validation, {"stage": self.stage, "step": step, "reward": share, "images": rows})
-            named = {f"validation/{n}/{name}": x for n, row in rows.items() for name, x in row.items()}
+            named = {
+                f"validation/{n}/{name}": x for n, row in rows.items() for name, x in row.items() if name != "interval"
+            }
             self.track(self.before + step, finite({"validation/reward": share} | named))
 
     @staticmethod
@@ -298,3 +324,38 @@ def dead_base(rows: dict[int, dict]) -> str | None:
         "predictions_base.jsonl; RMO (--rmo-k, --rmo-probability 1) can teach the format, or start from a model that "
         "follows instructions"
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trackers: --track
+
+NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # the package
+
+
+def check_tracker(track: str | None) -> None:
+    """Raise SettingError if the package that --track needs is not installed."""
+    if track and not importlib.util.find_spec(NEEDS[track]):
+        raise SettingError(f"--track {track}: the package {NEEDS[track]} is not installed: pip install {NEEDS[track]}")
+
+
+def start_tracker(s: Settings, folder: Path, first: int, main: bool) -> Callable[[int, dict], None]:
+    """-> a function (step of the run, numbers) that sends them.  first: step of the run that comes next, after a resume too"""
+    if not main or not s.track:
+        return lambda step, numbers: None
+    if s.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+
+        def send(step: int, numbers: dict) -> None:
+            for name, value in numbers.items():
+                if value is not None:
+                    writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return send
+    import wandb
+
+    if wandb.run is None:  # one for both stages
+        wandb.init(project="rarl", name=s.name, dir=str(folder), config=dataclasses.asdict(s))
+    return lambda step, numbers: wandb.log(numbers, step=step)

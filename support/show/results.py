@@ -1,37 +1,106 @@
-"""Evaluations as people read them: one table for each number of images, and remarks on what a number hides."""
+"""Evaluations as people and files read them: tables, intervals, remarks, and what a policy that sees no image would get."""
 
+import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from support.show.tables import format_number, format_table
+import numpy as np
 
-Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize, and the `remarks`
+import reward
+from data import Item, Sample, Task, format_answer, format_value
+from support.run.atomic_files import write_text
+
+Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize, and what `beside` says
+
+ENOUGH = 10  # of fewer values or prompts a correlation is luck, an interval a guess, and being alike may be chance
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """Mean of the numbers that are known; None and nan are left out. nan if none is known.
+
+    >>> mean([1.0, None, 2.0, math.nan])
+    1.5
+    """
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def finite(tree: Any) -> Any:
+    """For JSON, which has no NaN: numbers that are not finite become None, anywhere in a tree of dicts and lists."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def write_predictions(predictions: Sequence[dict], path: Path) -> None:
+    """One JSON object a line."""
+    lines = [json.dumps(finite(p), allow_nan=False) for p in predictions]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def format_number(x: float | None, digits: int = 3) -> str:
+    """A cell of a table: "-" where the number is undefined, an exponent where it is huge.
+
+    >>> format_number(0.12345), format_number(7), format_number(1e300), format_number(None)
+    ('0.123', '7', '1.0e+300', '-')
+    """
+    if x is None or math.isnan(x):
+        return "-"
+    if isinstance(x, int):
+        return str(x)
+    return f"{x:.{digits}f}" if abs(x) < 1e6 else f"{x:.1e}"
+
+
+def format_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Rows of cells, the first row is the head. The columns `left` are aligned left, the others right.
+
+    >>> print(format_table([["", "MAE"], ["base", "12.5"]]))
+          MAE
+    base 12.5
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    align = [str.ljust if k in left else str.rjust for k in range(len(columns))]
+    lines = [[pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)] for row in rows]
+    return "\n".join(" ".join(line).rstrip() for line in lines)
+
+
+# --- the table of results -----------------------------------------------------------------------------------
 
 COLUMNS = {"valid": "valid", "n": "n", "mae": "MAE", "accuracy": "accuracy", "srcc": "SRCC", "plcc": "PLCC",
            "regression": "R_reg", "tau": "tau", "tau_values": "tau_values", "tau_n": "n (tau)"}  # fmt: skip
-ENOUGH = 10  # of fewer values a correlation is luck, and that they are alike may be chance
 OF_ORDER = ("tau", "tau_values", "tau_n")  # one image has no order
+WITH_INTERVAL = ("valid", "mae", "regression", "tau")
 
 
 def results_table(results: Results) -> str:
     """A block for each number of images, in it a row for each policy; "-": undefined.
 
-    The rows of eval.blind_rows stand last in each block. n: prompts; n (tau): those that tau and tau_values rest on.
+    The blind rows stand last in each block. n: prompts; n (tau): those that tau and tau_values rest on. +-95%: half the
+    width of the interval (see `intervals`) of the number on its left.
     """
+    known = [key for rows in results.values() for row in rows.values() for key in row.get("interval", ())]
+    wide = {key: 1 + (key in known) for key in COLUMNS}  # columns that a metric takes
     lines: list[list[str]] = []
     blind = lambda name: any("constant" in row for row in results[name].values())
     for n in sorted({n for rows in results.values() for n in rows}):
         columns = [key for key in COLUMNS if n > 1 or key not in OF_ORDER]
-        empty = [""] * (len(COLUMNS) - len(columns))
-        lines += [[""] * (1 + len(COLUMNS))] if lines else []
-        lines.append([f"{n} image{'s' * (n > 1)}", *(COLUMNS[key] for key in columns), *empty])
+        empty = [""] * sum(wide[key] for key in COLUMNS if key not in columns)
+        head = [cell for key in columns for cell in (COLUMNS[key], "+-95%")[: wide[key]]]
+        lines += [[""] * (1 + sum(wide.values()))] if lines else []
+        lines.append([f"{n} image{'s' * (n > 1)}", *head, *empty])
         for name in sorted(results, key=blind):
             if (row := results[name].get(n)) is not None:
-                known = {key: row.get(key) for key in columns}
-                if n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH:
-                    known |= {"srcc": None, "plcc": None}
-                lines.append([_label(name, row), *(_cell(key, value) for key, value in known.items()), *empty])
+                cells = [cell for key in columns for cell in _cells(key, row, n)[: wide[key]]]
+                lines.append([_label(name, row), *cells, *empty])
     return format_table(lines)
 
 
@@ -43,10 +112,49 @@ def _label(name: str, row: dict) -> str:
     return f"{name}, one per task" if math.isnan(constant) else f"{name}: {constant:g}"
 
 
-def _cell(key: str, value: float | None) -> str:
-    if key == "valid" and value is not None and not math.isnan(value):
-        return f"{value:.1%}"
-    return format_number(value)
+def _cells(key: str, row: dict, n: int) -> tuple[str, str]:
+    """A metric, and half the width of its interval."""
+    value = row.get(key)
+    if key in ("srcc", "plcc") and n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH:
+        value = None
+    if value is None or math.isnan(value):
+        return "-", ""
+    shown = "{:.1%}".format if key == "valid" else format_number
+    low, high = row.get("interval", {}).get(key, (None, None))
+    return shown(value), "" if low is None else shown((high - low) / 2)
+
+
+# --- how sure a number is, and what it hides -----------------------------------------------------------------
+
+
+def beside(predictions: Sequence[dict]) -> dict[str, Any]:
+    """What stands beside the metrics of some predictions: their intervals, and remarks on what they hide."""
+    return {"interval": intervals(predictions), "remarks": remarks(predictions)}
+
+
+def intervals(predictions: Sequence[dict]) -> dict[str, list[float]]:
+    """{metric: [low, high]} for valid, mae, regression and tau: 95 % bootstrap intervals over prompts.
+
+    A thousand times as many prompts as there are are drawn with replacement, the same ones for the same number of
+    prompts; the interval leaves out the lowest and the highest 2.5 % of the thousand results. It says how far the
+    number would move with other prompts, not with another training run. Metrics that are undefined, and fewer than
+    ENOUGH prompts, have none.
+    """
+    P = len(predictions)
+    if P < ENOUGH:
+        return {}
+    sums, counts = np.zeros((4, P)), np.ones((4, P))  # of each metric and prompt; the metric is sum(sums) / sum(counts)
+    for k, p in enumerate(predictions):
+        values = p["values"]
+        errors = [] if values is None else [abs(v - label) for v, label in zip(values, p["labels"], strict=True)]
+        sums[:, k] = values is not None, sum(errors), p["regression"], p["tau"] or 0.0
+        counts[1, k], counts[3, k] = len(errors), p["tau"] is not None
+    rng = np.random.default_rng(0)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # no valid answer; an error of 1e308
+        drawn = (rng.integers(0, P, P) for _ in range(1000))
+        found = np.array([sums[:, rows].sum(1) / counts[:, rows].sum(1) for rows in drawn])  # (1000, 4)
+    known = {name: column[np.isfinite(column)] for name, column in zip(WITH_INTERVAL, found.T, strict=True)}
+    return {name: np.percentile(column, (2.5, 97.5)).tolist() for name, column in known.items() if len(column)}
 
 
 NEARLY_ALL_VALUES = 0.9
@@ -80,3 +188,91 @@ def remarks(predictions: Sequence[dict]) -> list[str]:
         "the policy lists the images in the order of the prompt, so its tau is chance: ": unsorted,
     }
     return [text + "; ".join(places) for text, places in said.items() if places]
+
+
+# --- what a policy that sees no image would get ---------------------------------------------------------------
+
+GRID, GROUPS = 2000, 500  # candidates and labels at most: a million rewards take half a second
+
+
+def best_constant(labels: Sequence[float], delta: float, decimals: int) -> tuple[float, float]:
+    """The constant answer that earns most by R_reg, and the one that errs least by MAE (the median).
+
+    Both have the task's decimals, as an answer would. Of equally good ones by R_reg it is the lowest. More than GROUPS
+    different labels are sorted into so many groups of one size, and the middle of each stands for it.
+
+    >>> best_constant([1, 1, 1, 9, 9, 10, 30], delta=4, decimals=0)  # R_reg prefers the mode, the median is 9
+    (1.0, 9.0)
+    """
+    counts = Counter(map(float, labels))
+    if len(counts) > GROUPS:
+        groups = np.array_split(np.sort(np.asarray(labels, dtype=np.float64)), GROUPS)
+        counts = Counter()
+        for group in groups:
+            counts[float(group[len(group) // 2])] += len(group)
+    earned = lambda value: sum(times * reward.value_reward(value, label, delta) for label, times in counts.items())
+    best = max(_candidates(sorted(counts), decimals), key=earned)
+    median = statistics.median_low(labels) / 2 + statistics.median_high(labels) / 2  # halved first: 1e308 is a label
+    return best, round(median, decimals)
+
+
+def _candidates(numbers: list[float], decimals: int) -> list[float]:
+    """Every number of so many decimals from the lowest label to the highest, or the labels themselves. Ascending."""
+    low, high = numbers[0], numbers[-1]
+    if (high / 2 - low / 2) * 10**decimals < GRID / 2:
+        first = round(low, decimals)
+        return [round(first + k / 10**decimals, decimals) for k in range(round((high - first) * 10**decimals) + 1)]
+    return sorted({round(number, decimals) for number in numbers})
+
+
+def best_constants(tasks: Iterable[Task], train_items: Sequence[Item]) -> dict[str, dict[str, float]]:
+    """{"best constant by R_reg": {task name: value}, "best constant by MAE": {...}}; {} without training labels.
+
+    A task without training images of its own gets the constant of all training labels.
+    """
+    if not train_items:
+        return {}
+    labels: dict[str, list[float]] = defaultdict(list)
+    for item in train_items:
+        labels[item.task.name].append(item.label)
+    everything = [item.label for item in train_items]
+    found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks}
+    by_reward = {name: constants[0] for name, constants in found.items()}
+    by_error = {name: constants[1] for name, constants in found.items()}
+    return {"best constant by R_reg": by_reward, "best constant by MAE": by_error}
+
+
+def constant_answer(sample: Sample, value: float) -> str:
+    """The answer that says one value of every image, and lists the images in the order of the prompt."""
+    text = format_value(value, sample.task.decimals)
+    return format_answer((i, text) for i in range(1, len(sample.items) + 1))
+
+
+def blind_rows(
+    samples: dict[int, list[Sample]],
+    train_items: Sequence[Item],
+    grade: Callable[[list[Sample], list[str]], dict[str, float]],
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Further rows of `results_table`: the best constants of the training labels, and the order of the prompt.
+
+    samples: the test prompts for each number of images. Where all are of one task, its constant is in the row as
+    "constant". A constant lists nothing and an order says no values: the metrics that judge these are nan.
+    grade: samples and an answer to each -> metrics (eval.grade)
+    """
+    tasks = {sample.task for few in samples.values() for sample in few}
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+
+    def metrics(few: list[Sample], says: dict[str, float]) -> dict[str, float]:
+        return grade(few, [constant_answer(sample, says[sample.task.name]) for sample in few])
+
+    for name, says in best_constants(tasks, train_items).items():
+        constant = next(iter(says.values())) if len(says) == 1 else math.nan
+        more = {"tau": math.nan, "constant": constant}
+        rows[name] = {n: metrics(few, says) | more for n, few in samples.items()}
+    rows["prompt order"] = {}
+    for n, few in samples.items():
+        if n > 1:
+            row = metrics(few, {task.name: 0.0 for task in tasks})
+            known = {key: row[key] for key in ("n", "valid", "tau", "tau_n")}
+            rows["prompt order"][n] = dict.fromkeys([*row, "constant"], math.nan) | known
+    return rows

@@ -1,0 +1,159 @@
+"""support/show/sheets.py: which image stands where, in which colour its caption is, whatever the answers."""
+
+import json
+import random
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fakes import COLOURS, TASK, answer, sample
+from PIL import Image
+
+import data
+import eval as evaluation
+import reward
+from support.learner.stage import Batch
+from support.show import sheets
+
+
+def thumbnails(path, colours):
+    """Where each colour stands, as (y, x) of its corner."""
+    pixels = np.asarray(Image.open(path)) @ [2**16, 2**8, 1]
+    corners = {}
+    for r, g, b in colours:
+        y, x = (pixels == r * 2**16 + g * 2**8 + b).nonzero()
+        assert len(y) == sheets.THUMB * sheets.THUMB // 2, "40 x 20 pixels, the aspect kept, nothing written over it"
+        corners[r, g, b] = y.min(), x.min()
+    return corners
+
+
+def reading_order(path, colours):
+    """Line by line, left to right."""
+    corners = thumbnails(path, colours)
+    return sorted(colours, key=corners.__getitem__)
+
+
+def has_colour(path, colour):
+    return (np.asarray(Image.open(path)) == tuple(bytes.fromhex(colour[1:]))).all(-1).any()
+
+
+@pytest.mark.parametrize("order", [[3, 1, 2], [2, 9, 4, 8, 1, 3, 6, 5, 7, 10], None])
+def test_images_stand_in_the_predicted_order(tmp_path, order):
+    shown = sample(*range(len(order or "abc")))
+    text = "数\n\x00" + "[" * 100_000 if order is None else answer(*((i, i) for i in order))  # not valid: as given
+    sheets.draw_predictions([shown], [evaluation.judge(shown, text)], tmp_path / "p.png")
+    expected = [COLOURS[i - 1] for i in order or (1, 2, 3)]
+    assert reading_order(tmp_path / "p.png", COLOURS[: len(expected)]) == expected
+
+
+def test_a_caption_has_the_colour_of_what_its_value_earns(tmp_path, monkeypatch):
+    """delta = 4: an error of 1 earns 1 - 1/16 = 0.94, one of 1.5 0.86, from 4 on nothing. The legend alone is drawn first."""
+    monkeypatch.setattr(sheets, "write", lambda *a, **k: written.append((a[3], a[5])) or a[2][0])
+
+    def colour(said):
+        written.clear()
+        sheets.draw_predictions([sample(9)], [evaluation.judge(sample(9), answer((1, said)))], tmp_path / "p.png")
+        return next(colour for text, colour in written if text.startswith("true 9  said"))
+
+    written = []
+    expected = {9: "GREEN", 10: "GREEN", 10.5: "ORANGE", 12.9: "ORANGE", 13: "RED", 1e308: "RED"}
+    assert {said: colour(said) for said in expected} == {said: getattr(sheets, c) for said, c in expected.items()}
+    # Whoever replaces the reward replaces it here too.
+    monkeypatch.setattr(reward, "value_reward", lambda value, label, delta: 0.5)
+    assert colour(9) == sheets.ORANGE
+
+
+def test_prompts_are_taken_from_the_whole_list(tmp_path):
+    drawn = []
+    draws = lambda n: Image.new("RGB", (4, 2), COLOURS[drawn.append(n) or 0])
+    samples = [data.Sample((data.Item(f"{n}", n, TASK, partial(draws, n)),)) for n in range(9)]
+    predictions = [evaluation.judge(s, answer((1, 1))) for s in samples]
+    sheets.draw_predictions(samples, predictions, tmp_path / "p.png", prompts=3)
+    assert drawn == [0, 4, 8]
+    sheets.draw_predictions([], [], tmp_path / "p.png")
+    with pytest.raises(ValueError, match="2 samples but 1 predictions"):
+        sheets.draw_predictions(samples[:2], predictions[:1], tmp_path / "p.png")
+
+
+def test_before_and_after_show_each_policys_order(tmp_path):
+    """Prompts of 2, 3 and 8 images, read from the files: the first two share a line; a policy that cannot be read is out."""
+    samples = {n: [sample(*range(n), prefix=f"{n}-"), sample(*range(n), prefix="not shown")] for n in (2, 3, 8)}
+    for n, few in samples.items():
+        few[0] = data.Sample(tuple(replace(item, image=partial(Image.new, "RGB", (40, 20), (n, 9, 10 * i)))
+                             for i, item in enumerate(few[0].items, 1)))  # fmt: skip
+    orders = {"base": {2: [1, 2], 3: [3, 1, 2], 8: [*range(1, 9)]},
+              "stage1": {2: [2, 1], 3: None, 8: [*range(8, 0, -1)]}}  # fmt: skip
+    for name, of in orders.items():
+        said = {n: "no list" if order is None else answer(*((i, 1) for i in order)) for n, order in of.items()}
+        lines = [json.dumps(evaluation.judge(s, said[n])) for n, few in samples.items() for s in few]
+        (tmp_path / f"predictions_{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "predictions_stage2.jsonl").write_text("{")
+    sheets.compare_policies(tmp_path, ["base", "stage 1", "stage 2", "stage 3"], samples)
+    pixels = np.asarray(Image.open(tmp_path / "before_after.png"))
+    rows = {}  # y -> (prompt, image) from left to right
+    for n, few in samples.items():
+        for i in range(1, len(few[0].items) + 1):
+            y, x = (pixels == (n, 9, 10 * i)).all(-1).nonzero()
+            for top in sorted(set(y))[:: sheets.THUMB // 2]:  # once for each policy
+                rows.setdefault(top, []).append((x[y == top].min(), (n, i)))
+    seen = [[what for _, what in sorted(row)] for _, row in sorted(rows.items())]
+    line = lambda n, order: [(n, i) for i in order]
+    assert seen == [line(2, [1, 2]) + line(3, [3, 1, 2]), line(2, [2, 1]) + line(3, [1, 2, 3]),
+                    line(8, range(1, 9)), line(8, range(8, 0, -1))]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_group_shows_all_images_and_marks_the_mutated(tmp_path, n):
+    shown, path = sample(*range(n)), tmp_path / "g.png"
+    texts = [answer(*((i, 3) for i in range(1, n + 1))), answer(*((i, 4) for i in range(1, n + 1)))]
+    rewards = [reward.compute_reward(text, shown.labels, 4) for text in texts]
+    for mutated, advantages in (([False, True], [1.5, 0.0]), ([False, False], [0.0, -1.5])):
+        sheets.draw_group(shown, texts, rewards, advantages, mutated, "Step 0", path)
+        thumbnails(path, COLOURS[:n])
+        found = [has_colour(path, colour) for colour in (sheets.ORANGE, sheets.GREEN, sheets.RED)]
+        assert found == [any(mutated), advantages[0] > 0, advantages[1] < 0]
+    assert sheets.short_answer("", None) == "not valid: "
+    assert sheets.short_answer("...", [(i, i / 2) for i in range(1, 6)]).startswith("#1: 0.5  #2: 1  ")
+
+
+def test_the_group_whose_rewards_differ_most_is_watched(tmp_path):
+    samples = [sample(5, prefix="a"), sample(7, prefix="b")]
+    texts = [answer((1, 5)), answer((1, 6)), answer((1, 7)), "prose"]
+    rewards = [reward.compute_reward(text, samples[i // 2].labels, 4) for i, text in enumerate(texts)]
+    none = torch.zeros(4, 1)
+    batch = Batch([], none.long(), none.bool(), none, torch.tensor([True, False, False, True]),
+                  torch.tensor([[1.0, -1.0], [0.5, -0.5]]), samples=samples, texts=texts, rewards=rewards)  # fmt: skip
+    sheets.watch_group(tmp_path, 1, 7, batch)
+    (line,) = map(json.loads, (tmp_path / "groups/groups.jsonl").read_text().splitlines())
+    assert (line["stage"], line["step"], line["images"], line["labels"]) == (1, 7, ["b1"], [7])
+    said = [(a["text"], a["advantage"], a["mutated"], a["format"]) for a in line["answers"]]
+    assert said == [(texts[2], 0.5, False, 1), ("prose", -0.5, True, 0)]
+    assert (tmp_path / "groups" / "1-0000007.png").exists()
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_ranking_shows_all_images_in_order(tmp_path, count):
+    colours = [(i, 255 - i, 100) for i in range(count)]
+    items = [data.Item(f"d/{i}", 0, TASK, partial(Image.new, "RGB", (40, 20), c)) for i, c in enumerate(colours)]
+    order = random.Random(0).sample(range(count), count)
+    sheets.draw_ranking(items, order, [None if i % 3 else 1e308 for i in range(count)], tmp_path / "r.png")
+    assert reading_order(tmp_path / "r.png", colours) == [colours[i] for i in order]
+    width, height = Image.open(tmp_path / "r.png").size
+    assert height <= 1.3 * width
+
+
+def test_the_longest_images_and_names_stay_in_their_column(tmp_path):
+    def draw(name, shape=(20, 20)):
+        items = [data.Item(n, 0, TASK, partial(Image.new, "RGB", shape, "red")) for n in ("a", name, "c")]
+        sheets.draw_ranking(items, [0, 1, 2], [1.0] * 3, tmp_path / "r.png")
+        return np.asarray(Image.open(tmp_path / "r.png"))
+
+    name = "photo " * 30
+    assert (draw(name + "1.jpg") != draw(name + "2.jpg")).any(), "of a long name the end is what tells it from the next"
+    y, x = (draw("b") != draw("x/" + "数b\n " * 60 + ".jpg")).any(-1).nonzero()
+    left = sheets.MARGIN + sheets.CELL  # of the second column
+    assert len(x) and x.min() >= left - 1 and x.max() <= left + sheets.THUMB + 1
+    for shape in ((1, 200), (2000, 10)):  # a line of one pixel, but never nothing
+        assert (draw("b", shape) == (255, 0, 0)).all(-1).any()
