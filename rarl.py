@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
@@ -464,7 +465,8 @@ def prefill(policy: Policy, prompts: Sequence[Prompt], group_size: int, length: 
         use_cache=True,
     )
     last = out.last_hidden_state[0, packing.ends]  # (B, C)
-    places = side_by_side([x for x, _ in packing.prompts]).to(policy.device)  # (B, P)
+    places = torch.arange(sum(inputs.lengths)).split(inputs.lengths)
+    places = pad_sequence(places, batch_first=True, padding_value=-1).to(policy.device)  # (B, P)
     apart = lambda x: x[0, :, places].transpose(0, 1)  # (1, K, L, D) -> (B, K, P, D)
     prompt = [(apart(layer.keys), apart(layer.values)) for layer in out.past_key_values.layers]  # keys are rotated
     B, K, P, D = prompt[0][0].shape
@@ -592,41 +594,25 @@ class Packing:
     """A row of L tokens without padding: [prompt 1 | ... | prompt B | answers of prompt 1 | ... | answers of prompt B].
 
     The attention function gets it in the place of a mask. A prompt sees itself, an answer sees its prompt and itself, both
-    causally. What sees what is kept as pairs of places in the row: those of the queries, and those of their keys.
+    causally.
     """
 
     def __init__(self, prompts: list[int], answers: list[int], device: torch.device) -> None:
         """Lengths of B prompts and of B*G answers (or of none)."""
         B, N, self.device = len(prompts), len(answers), device
-        places = torch.arange(sum(prompts) + sum(answers)).split(prompts + answers)
-        self.prompts = [(x, x) for x in places[:B]]
-        self.answers = [(x, torch.cat([places[n * B // N], x])) for n, x in enumerate(places[B:]) if len(x)]
-        self.ends = torch.stack([x[-1] for x in places[:B]]).to(device)  # (B,) places of the prompts' last tokens
+        self.lengths = prompts + answers  # of the row's pieces
+        self.sees = [[b] for b in range(B)] + [[n * B // N, B + n] for n in range(N)]  # the pieces that each piece sees
+        self.ends = torch.tensor(prompts).cumsum(0).to(device) - 1  # (B,) places of the prompts' last tokens
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """All keys' places, the bounds of queries and of keys, the longest of each: what variable-length attention takes."""
-        queries, keys = zip(*self.prompts, *self.answers, strict=True)
+        pieces = torch.arange(sum(self.lengths)).split(self.lengths)
+        pairs = [(x, torch.cat([pieces[i] for i in sees])) for x, sees in zip(pieces, self.sees, strict=True) if len(x)]
+        queries, keys = zip(*pairs, strict=True)
         q, k = ([len(x) for x in places] for places in (queries, keys))
         bounds = [torch.tensor([0, *lengths]).cumsum(0).int().to(self.device) for lengths in (q, k)]
         return torch.cat(keys).to(self.device), bounds[0], bounds[1], max(q), max(k)
-
-    @cached_property
-    def rectangles(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """For the prompts and for the answers, n each: places of queries (n, T), of keys (n, S), mask (n, 1, T, S)."""
-        rectangles: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for pairs in filter(None, (self.prompts, self.answers)):
-            queries, keys = (side_by_side(places).to(self.device) for places in zip(*pairs, strict=True))
-            before = (keys >= 0).sum(1) - (queries >= 0).sum(1)  # (n,) keys in front of the first query's own
-            last = before[:, None] + torch.arange(queries.shape[1], device=self.device)  # (n, T) last key that it sees
-            seen = torch.arange(keys.shape[1], device=self.device) <= last[:, None, :, None]
-            rectangles.append((queries, keys, None if pairs is self.prompts else seen))  # None: plainly causal
-        return rectangles
-
-
-def side_by_side(places: Sequence[Tensor]) -> Tensor:
-    """n lists of places in a row -> (n, longest), filled up with -1."""
-    return torch.nn.utils.rnn.pad_sequence(list(places), batch_first=True, padding_value=-1)
 
 
 def packed_attention(
@@ -640,21 +626,26 @@ def packed_attention(
     packing = attention_mask
     if not isinstance(packing, Packing):  # a call of the backbone in the usual way, with a usual mask
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    # Under autocast the rotary embedding leaves float32.
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, heads, D)
-    if has_varlen(q):  # its causal mask ends at the last query and the last key, so an answer sees all of its prompt
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves float32
+    # A causal mask ends at a piece's last query and last key, so an answer sees all of its prompt.
+    if has_varlen(query):
         places, bounds_q, bounds_k, longest_q, longest_k = packing.sequences
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
         attended: Any = varlen_attn(
             q, k[places], v[places], bounds_q, bounds_k, longest_q, longest_k,
             scale=scaling, window_size=(-1, 0), enable_gqa=True,
         )  # fmt: skip
         return attended[None], None
+    # Elsewhere one call for each piece. Pieces are views of the row, not gathered from it: the backward pass then adds what
+    # the answers of a prompt ask of its keys in their order. That of a gather adds in an order that threads decide.
+    q, k, v = (x.split(packing.lengths, dim=2) for x in (query, key, value))  # (1, heads, T or P, D) each
     parts = []
-    for queries, keys, seen in packing.rectangles:
-        x, y, z = (x[at].transpose(1, 2) for x, at in ((q, queries), (k, keys), (v, keys)))  # (n, heads, T or S, D)
-        out = F.scaled_dot_product_attention(x, y, z, seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
-        parts.append(out.transpose(1, 2)[queries >= 0])  # (tokens, H, D)
-    return torch.cat(parts)[None], None
+    for x, sees in zip(q, packing.sees, strict=True):
+        y, z = (torch.cat([pieces[i] for i in sees], dim=2) for pieces in (k, v))  # (1, K, S, D)
+        T, S = x.shape[2], y.shape[2]
+        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if S > T else None  # None: a prompt
+        parts.append(F.scaled_dot_product_attention(x, y, z, seen, is_causal=S == T, scale=scaling, enable_gqa=True))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 def has_varlen(x: Tensor) -> bool:
@@ -740,13 +731,20 @@ def _packed_logprobs(
         attention_mask={"full_attention": packing},
         use_cache=False,
     ).last_hidden_state[0]  # (L, C)
-    # The first token of an answer is predicted at its prompt's last token, token t at token t-1.
-    first = packing.ends.repeat_interleave(G)[:, None]  # (N, 1)
-    before = len(inputs.embeds) - 1 + goes_in.flatten().cumsum(0).view_as(goes_in)  # (N, T-1), right where goes_in is
-    predicting = hidden[torch.cat([first, before], dim=1)[mask]]  # (tokens to predict, C)
-    logps, entropies = _token_logprobs(policy, predicting, ids[mask], temperature)
-    logp = torch.zeros(N, T, device=ids.device).masked_scatter(mask, logps)
-    entropy = torch.zeros(N, T, device=ids.device).masked_scatter(mask, entropies)
+    # Token 0 of an answer is predicted at its prompt's last token, token t at token t-1, which went in. Answers share their
+    # prompt's end as a repeated row, not by hidden[places]: its backward pass would add in an order that threads decide.
+    ends = hidden[packing.ends].repeat_interleave(G, dim=0)  # (N, C)
+    went_in = hidden[len(inputs.embeds) :]  # (answer tokens, C)
+    begins = mask[:, 0]  # (N,), false for an empty answer
+    targets = torch.cat([ids[begins, 0], ids[:, 1:][goes_in]])
+    values = _token_logprobs(policy, torch.cat([ends[begins], went_in]), targets, temperature)
+
+    def in_rows(x: Tensor) -> Tensor:  # (tokens to predict,) -> (N, T)
+        table = torch.zeros(N, T, device=x.device)
+        first = table[:, :1].masked_scatter(begins[:, None], x)
+        return torch.cat([first, table[:, 1:].masked_scatter(goes_in, x[len(x) - len(went_in) :])], dim=1)
+
+    logp, entropy = map(in_rows, values)
     return logp, entropy
 
 

@@ -192,8 +192,11 @@ class Guide:
     def attend(self, module, query, key, value, packing: rarl.Packing, scaling: float, **kwargs):
         """rarl.packed_attention, with the weights of one layer's answers written out beside it."""
         if module.layer_idx == LAYER:
-            self.queries, self.keys, seen = packing.rectangles[1]
-            assert seen is not None
+            B, pieces = len(packing.ends), torch.arange(query.shape[2]).split(packing.lengths)
+            both = [torch.cat(pair) for pair in zip(pieces[:B], pieces[B:], strict=True)]  # B times [prompt | answer]
+            self.queries, self.keys = (nn.utils.rnn.pad_sequence(x, True, -1) for x in (pieces[B:], both))  # -1: none
+            last = torch.tensor([len(x) for x in pieces[:B]])[:, None] + torch.arange(self.queries.shape[1])  # (B, T)
+            seen = torch.arange(self.keys.shape[1]) <= last[:, None, :, None]  # (B, 1, T, S)
             shared = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             q, k = (x[0][:, at].transpose(0, 1) for x, at in ((query, self.queries), (shared, self.keys)))
             logits = q @ k.transpose(-1, -2) * scaling
