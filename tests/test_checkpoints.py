@@ -8,11 +8,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import support.run.checkpoints as checkpoints_file
 from support.learner.learner import Learner, make_optimizer_state
-from support.learner.world import World
-from support.run.checkpoints import Checkpoints
+from support.run.checkpoints import Best, Checkpoints
 from support.run.settings import SettingError, Settings
 
-CPU = World(0, 1, torch.device("cpu"))
+
 
 
 @pytest.mark.parametrize("kind", [OSError, CheckpointException])  # the second is how dcp wraps the first
@@ -52,6 +51,6 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     saved = copy.deepcopy(learner.policy.state_dict())
     checkpoints.save(1, 1, learner, optimizer, {})
     optimizer.step()
-    checkpoints.load("1-0000001", learner, optimizer)
+    checkpoints.load("1-0000001", learner, optimizer, Best())
     assert all(torch.equal(saved[k], v) for k, v in learner.policy.state_dict().items())
     assert all(state["step"] == 1 for state in optimizer.state.values())

@@ -29,6 +29,13 @@ from transformers import PreTrainedModel
 # Which linear layers: those with one of these in their names. The head is never one: often its weight is the embeddings'.
 TARGETS = {"language": ("language_model",), "language+vision": ("language_model", "visual")}
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# What an adapter_config.json may say without changing y = W x + b + alpha/r B A x: who made it, how it was trained, where it
+# stands (which the names of the weights tell too). Anything else is refused unless it is empty, because peft would use it.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "target_modules", "task_type",
+}  # fmt: skip
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # name of the linear layer -> its A and B
 
@@ -177,9 +184,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
     if not sound or config.get("peft_type") != "LORA":
         raise ValueError(f"{file} does not describe a LoRA adapter")
-    for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication"):
-        if config.get(name):
-            raise ValueError(f"{file}: {name} is not supported")
+    refused = [name for name in config.keys() - HARMLESS if config[name]]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # pissa, olora and others change W itself
+        refused.append("init_lora_weights")
+    if config.get("bias", "none") != "none":
+        refused.append("bias")
+    if refused:
+        raise ValueError(f"{file}: {min(refused)} {json.dumps(config[min(refused)])[:80]} is not supported")
     return config
 
 

@@ -36,9 +36,3 @@ class HostAdamW(torch.optim.AdamW):
                 )  # fmt: skip
                 if weight.device != parameter.device:
                     parameter.copy_(weight)
-
-    def load_state_dict(self, state_dict) -> None:
-        """torch puts what it loads where the parameter is; the moments go back to the host."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update({name: value.cpu() for name, value in state.items()})

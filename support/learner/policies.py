@@ -26,13 +26,6 @@ def load_any(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     return policy
 
 
-def load_merged(path: str | Path) -> rarl.Policy:
-    """The policy of an adapter's folder with the adapter in its weights. The sum is made in float32, on the CPU."""
-    policy = load_any(path)
-    lora.merge(policy.model)
-    return policy
-
-
 def load_start(path: str | Path, s: Settings, device: torch.device, read: bool = True) -> rarl.Policy:
     """The policy that a stage begins with, with the settings that concern it. Not yet on the device.
 

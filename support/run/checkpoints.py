@@ -1,8 +1,10 @@
-"""Checkpoints of a run: trained weights and optimiser of all ranks by torch.distributed.checkpoint.
+"""Checkpoints of a run: trained weights and optimiser of all ranks by torch.distributed.checkpoint (dcp).
 
-Each is written whole or not at all. And the best policy of a stage, which goes into them.
+Each is written whole or not at all. And the best policy of a stage, which goes into them. The files are safetensors and JSON:
+dcp's usual format is a pickle, and resuming from a folder of somebody else's would run what he put into it.
 """
 
+import itertools
 import json
 import math
 import os
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 import rarl
@@ -94,14 +96,24 @@ def trained_weights(policy: rarl.Policy) -> dict[str, Tensor]:
     return {name: p.detach().clone().cpu() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def trained_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The trained weights (with LoRA the adapters alone) and the optimiser, for dcp to save, or to load into.
+def trained_state(learner: Learner, optimizer: torch.optim.Optimizer, best: Best) -> dict[str, Tensor]:
+    """The trained weights (with LoRA the adapters alone), their moments and the best policy, under one name each.
 
-    A run that goes on reads the frozen ones where the stage began with them.
+    They are the tensors themselves: dcp loads into them, wherever they are, and needs no second copy. What is frozen is not
+    among them: a run that goes on reads it where the stage began with it.
     """
-    model, optim = get_state_dict(learner.policy, optimizer)
-    trained = {name for name, p in learner.policy.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {"model": {name: weight for name, weight in model.items() if name in trained}, "optimizer": optim}
+    state = {f"best.{name}": weight for name, weight in best.weights.items()}
+    for name, p in learner.policy.named_parameters():
+        if p.requires_grad:
+            state[f"weights.{name}"] = p.detach()
+            state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return state
+
+
+def file_of(state: dict[str, Tensor], limit: int = 2**30) -> dict[str, int]:
+    """The number of the file that each tensor goes to, from 1. A file is made in memory: about 1 GB each."""
+    before = itertools.accumulate((t.numel() * t.element_size() for t in state.values()), initial=0)
+    return {name: 1 + start // limit for name, start in zip(state, before, strict=False)}
 
 
 # What grows in a run's folder.
@@ -140,8 +152,9 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             self.world.barrier()
-            state = trained_state(learner, optimizer) | {"best": best.weights}
-            dcp.save(state, checkpoint_id=beside, no_dist=self.world.size == 1)
+            state = trained_state(learner, optimizer, best)
+            writer = HuggingFaceStorageWriter(str(beside), file_of(state), save_distributed=True)
+            dcp.save(state, storage_writer=writer, no_dist=self.world.size == 1)
             if self.world.main:
                 extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
                 extra["best"] = {"reward": best.reward, "step": best.step} if best.weights else None
@@ -200,14 +213,10 @@ class Checkpoints:
         self.load(name, learner, optimizer, best)
         return extra["step"], rmo.merge(extra["history"]), best
 
-    def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer, best: Best | None = None) -> None:
+    def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer, best: Best) -> None:
         """Read weights and optimiser, and the best policy into the tensors that `best` has."""
-        state = trained_state(learner, optimizer) | {"best": best.weights if best else {}}
-        dcp.load(state, checkpoint_id=self.folder / name, no_dist=self.world.size == 1)
-        set_state_dict(
-            learner.policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False),  # what is frozen is not in it
-        )  # fmt: skip
+        reader = HuggingFaceStorageReader(str(self.folder / name))
+        dcp.load(trained_state(learner, optimizer, best), storage_reader=reader, no_dist=self.world.size == 1)
         learner.sync_rollout_policy()
 
     def remove(self) -> None:

@@ -5,7 +5,6 @@ task.json, items.jsonl       what it began with: the questions; the items' split
 metrics.jsonl, timing.jsonl  one line a step
 validation.jsonl             one line a validation
 stage1/, stage2/             the policies in Hugging Face layout (with LoRA: adapters), with task.json and checksums.json
-stage1-merged/, ...          with --lora-merge: the same with whole weights
 predictions_*.jsonl, .png    answers to the test prompts; before_after.png shows some of every policy
 groups/, curves.png          what training does, in pictures
 results.json, results.txt    the table; results.txt is written last, so a run that has it is complete
@@ -15,7 +14,6 @@ bad_steps/                   batches whose loss or gradient was not finite
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -28,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-import rarl
 from support.learner.learner import Learner
-from support.learner.policies import load_merged
 from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
 from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
@@ -66,35 +63,50 @@ class RunFolder:
     def owned(self) -> Iterator[None]:
         """Hold the run's lock, on the main rank. Raises SettingError on all ranks if another process has it.
 
-        The lock is the operating system's (POSIX, by process) and ends with the process, however it ends.
+        The lock is the operating system's and ends with the process, however it ends. Where the file system has none (some
+        network disks), it is a file that names its process: one that died on this machine does not hold it.
         """
-        refusal, file = None, None
+        refusal, lock = None, None
         if self.world.main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = self.path.with_name(f".{self.path.name}.lock")  # beside the folder, which may be moved aside
-            file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # what POSIX says of a lock that another process holds
-                file.seek(0)
-                refusal = (
-                    f"{self.path} belongs to a run that is still going ({file.read().strip() or lock}): wait for it, "
-                    "stop it, or give this one another --name"
-                )
-            else:
-                file.truncate(0)
-                file.write(
-                    f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                )
-                file.flush()
+                lock = self._lock()
+            except SettingError as error:
+                refusal = str(error)
         refusal = self.world.gather(refusal)[0]
         if refusal:
             raise SettingError(refusal)
         try:
             yield
         finally:
-            if file is not None:
-                file.close()
+            if lock is not None:
+                lock.release()
+
+    def _lock(self) -> BaseFileLock:
+        beside = lambda kind: self.path.with_name(f".{self.path.name}.{kind}")  # the folder itself may be moved aside
+        owner = beside("owner")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock: BaseFileLock = FileLock(beside("lock"), timeout=0)
+                lock.acquire()
+            except OSError as error:
+                if isinstance(error, Timeout):
+                    raise
+                lock = SoftFileLock(beside("softlock"), timeout=0)
+                lock.acquire()
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        except Timeout as held:
+            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "which has not said who it is"
+            raise SettingError(
+                f"{self.path} belongs to a run that is still going ({who}; its lock is {held.lock_file}): wait for it, stop it, "
+                "or give this one another --name"
+            ) from None
+        except OSError as error:
+            raise SettingError(
+                f"{self.path} cannot be locked, so another run could write there ({error}): start where {self.path.parent} can "
+                "be written, or link it to a folder on another disk"
+            ) from None
+        return lock
 
     def complete(self, s: Settings, checkpoints: Checkpoints) -> Results | None:
         """The results of a run that is complete, else None. The same on all ranks. Raises SettingError if they are damaged.
@@ -130,26 +142,13 @@ class RunFolder:
         write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
 
     def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], None]) -> None:
-        """stage1/ or stage2/: the weights, what `describe(folder)` writes beside them, and checksums of all of it.
-
-        With LoRA the weights are an adapter; --lora-merge makes stage1-merged/ or stage2-merged/ of it, with whole weights.
-        """
+        """stage1/ or stage2/: the weights (with LoRA an adapter), what `describe(folder)` writes beside them, checksums."""
         path = self.path / f"stage{stage}"
-        self._save(path, learner.save, describe)
-        if learner.settings.lora_merge:
-
-            def save_merged(folder: Path) -> None:
-                if self.world.main:
-                    rarl.save_policy(load_merged(path), folder)
-
-            self._save(path.with_name(path.name + "-merged"), save_merged, describe)
-
-    def _save(self, path: Path, save: Callable[[Path], None], describe: Callable[[Path], None]) -> None:
         beside = path.with_name(path.name + ".writing")
         try:
             if self.world.main:
                 shutil.rmtree(beside, ignore_errors=True)
-            save(beside)
+            learner.save(beside)
             if self.world.main:
                 describe(beside)
                 write_checksums(beside)
@@ -217,13 +216,10 @@ class RunFolder:
         elif s.stage == 2 and not s.resume:
             checkpoints.remove()
         elif not s.resume:
-            if self.path.is_dir() and all(file.suffix == ".writing" for file in self.path.iterdir()):
-                shutil.rmtree(self.path)  # a start that died before it had saved anything
-            if self.path.exists():
-                aside = free_name(self.path)
-                self.path.rename(aside)
-                print(f"the earlier {self.path} is now {aside}", file=sys.stderr)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(file.suffix != ".writing" for file in self.path.iterdir()):  # else empty, or of a start that died at once
+                print(f"the earlier {self.path} is now {move_aside(self.path)}", file=sys.stderr)
+                self.path.mkdir()
         saved = dataclasses.asdict(s) | {"resume": False}
         write_text(self.path / "settings.json", json.dumps(saved, indent=2) + "\n")
         known = self.read_results()
@@ -232,9 +228,8 @@ class RunFolder:
         if not start.checkpoint:
             if s.stage == 2:
                 self.write_results(known)  # from here on an earlier stage 2 does not make the run complete
-                for old in (self.path / "stage2", self.path / "stage2-merged"):
-                    if old.exists():
-                        old.rename(free_name(old))
+                if (old := self.path / "stage2").exists():
+                    move_aside(old)
             (self.path / "results.txt").unlink(missing_ok=True)
             self._take_back_from(start.stage)
         return known
@@ -272,6 +267,14 @@ def last_row(s: Settings) -> str:
     return f"stage {stage}" if stage else "base"
 
 
-def free_name(path: Path) -> Path:
-    """path~1, path~2, ...: the first that does not exist."""
-    return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())
+def move_aside(path: Path) -> Path:
+    """Rename the folder to path~1, path~2, ...: the first that does not exist. -> its new name"""
+    new = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())
+    try:
+        path.rename(new)
+    except OSError as error:  # a mount point, or a folder of a container's image
+        raise SettingError(
+            f"{path} holds an earlier run and cannot be renamed to {new.name} ({error.strerror}): empty it, or give this run "
+            "another --name"
+        ) from None
+    return new
