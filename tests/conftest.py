@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(printed):
-            train_here()
+            train_here("--watch-every", "24")
     finally:
         os.chdir(here)
     return folder / "runs" / "rarl", printed.getvalue()
