@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support.learner.distributed import World
+from support.learner.world import World
 from support.show.monitor import Monitor
 
 CPU = World(0, 1, torch.device("cpu"))

@@ -8,10 +8,9 @@ import shutil
 import peft
 import pytest
 import torch
-from runs import ROOT, command, lines, run_here, train_here
+from runs import CPU, ROOT, command, lines, run_here, train_here, train_until_killed
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import data
@@ -21,13 +20,10 @@ from experiments import usual_way
 from support.datasets import load_dataset
 from support.learner import lora
 from support.learner.learner import Learner
-from support.learner.policies import load_any, load_merged, load_start
+from support.learner.policies import load_any, load_start
 from support.learner.stage import Batch
-from support.learner.world import World
 from support.run.settings import SettingError, Settings, parse_settings
-from support.show.monitor import Monitor
 
-CPU = World(0, 1, torch.device("cpu"))
 G, T = 4, 12
 
 
@@ -231,7 +227,7 @@ def lora_run(tmp_path_factory):
     with pytest.MonkeyPatch().context() as patch:
         folder = tmp_path_factory.mktemp("lora")
         patch.chdir(folder)
-        train_here(*RUN, "--lora-merge")
+        train_here(*RUN)
     return folder / "runs" / "rarl"
 
 
@@ -256,41 +252,23 @@ def test_a_run_leaves_adapters_over_the_base(lora_run):
     assert "PeftModel" in (lora_run / "stage2/README.md").read_text()
 
 
-def test_adapter_and_merged_weights_answer_alike(lora_run, tmp_path):
-    said = []
-    for folder in ("stage2", "stage2-merged"):
-        evaluation.main(f"--model {lora_run / folder} --data dots --images 2 --samples 4 --out {tmp_path}".split())
-        said.append((tmp_path / "predictions.jsonl").read_text())
-    assert said[0] == said[1]
+def test_an_adapter_is_evaluated_and_ranks_like_whole_weights(lora_run, tmp_path):
     images = [item.image() for item in load_dataset("dots", None, "test")[:3]]
-    for number, image in enumerate(images):
-        image.save(tmp_path / f"{number}.png")
     shown = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for image, path in zip(images, shown, strict=True):
+        image.save(path)
     evaluation.main(["--model", str(lora_run / "stage2"), "--out", str(tmp_path), "--rank", *shown])
     assert len(lines(tmp_path / "ranking.jsonl")) == 3
 
 
 def test_killed_in_both_stages_and_resumed_is_as_if_never_stopped(lora_run, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    honest, deaths = Monitor.log, [(1, 1), (2, 1)]
-
-    def dies(self, step, *rest):
-        honest(self, step, *rest)
-        if (self.stage, step) in deaths:
-            deaths.remove((self.stage, step))
-            raise Killed
-
-    monkeypatch.setattr(Monitor, "log", dies)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "rarl"
-    for how in ([], ["--resume"]):
-        with pytest.raises(Killed):
-            train_here(*RUN, *how)
+    train_until_killed(1, 1, *RUN)
+    train_until_killed(2, 1, *RUN, "--resume")
     # The base is not in a checkpoint: nothing but A, B and their two moments.
-    saved = FileSystemReader(run / "checkpoints" / "2-0000001").read_metadata().state_dict_metadata
-    weights = [name for name in saved if name.startswith("model.")]
+    saved = load_file(next((run / "checkpoints" / "2-0000001").glob("*.safetensors")))
+    weights = [name for name in saved if name.startswith("weights.")]
     assert len(weights) == 2 * 28 and all(name.endswith((".A", ".B")) for name in weights)
     train_here(*RUN, "--resume")
     for file in (
@@ -366,7 +344,10 @@ BAD = {
     "no rank": (reconfigured(r=None), "adapter_config.json cannot be read"),
     "another method": (reconfigured(peft_type="IA3"), "does not describe a LoRA adapter"),
     "no scale": (reconfigured(lora_alpha=math.inf), "does not describe a LoRA adapter"),
-    "another scale": (reconfigured(use_rslora=True), "use_rslora is not supported"),
+    "another scale": (reconfigured(use_rslora=True), "use_rslora true is not supported"),
+    "weights that are not the base's": (reconfigured(init_lora_weights="pissa"), 'init_lora_weights "pissa" is not supported'),
+    "biases": (reconfigured(bias="all"), 'bias "all" is not supported'),
+    "what a later peft may add": (reconfigured(use_magic={"layers": [3]}), 'use_magic {"layers": [3]} is not supported'),
     "another rank": (reconfigured(r=5), "is not of rank 5, or not of the base's size"),
     "no base": (reconfigured(base_model_name_or_path="gone/for/good"), "gone/for/good does not exist (base_model_name"),
     "a retrained base": (retrained_base, "was trained on another base"),
@@ -383,7 +364,7 @@ def test_a_bad_adapter_is_one_sentence(lora_run, tmp_path, damage, message):
     shutil.copytree(lora_run / "stage1", tmp_path / "stage1")
     damage(tmp_path / "stage1")
     with pytest.raises(rarl.ModelError) as error:
-        load_merged(tmp_path / "stage1")
+        load_any(tmp_path / "stage1")
     assert message in str(error.value) and str(tmp_path / "stage1") in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="eval.py: "):
         evaluation.main(
@@ -396,7 +377,6 @@ def test_a_bad_adapter_is_one_sentence(lora_run, tmp_path, damage, message):
     [
         ("--lora-rank -1", "--lora-rank -1 must be"),
         ("--lora-rank 4 --lora-alpha 0", "--lora-alpha 0.0 must be positive"),
-        ("--lora-merge", "--lora-merge True needs --lora-rank"),
         ("--lora-rank 4 --lora-targets language+vision --freeze-vision", "goes with --lora-targets language"),
     ],
 )

@@ -1,6 +1,7 @@
 """support/run/run_folder.py: what lies there is never overwritten, and damage to any of it is named, never passed over."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -8,17 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from runs import lines, train_here
+from filelock import FileLock, SoftFileLock
+from runs import CPU, Killed, lines, train_here, train_until_killed
 
 import train
-from support.learner.world import World
 from support.run.checkpoints import Checkpoints
 from support.run.run_folder import RunFolder, Start
-from support.run.settings import Settings
-from support.show.monitor import Monitor
-
-CPU = World(0, 1, torch.device("cpu"))
+from support.run.settings import SettingError, Settings
 
 
 def open_run(path, s, start):
@@ -57,23 +54,11 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A run that died in stage 2: it has settings, metrics, results, stage1 and a checkpoint."""
-    folder, here, honest = tmp_path_factory.mktemp("half"), os.getcwd(), Monitor.log
-
-    class Killed(BaseException):
-        pass
-
-    def dies(self, step, *rest):
-        honest(self, step, *rest)
-        if (self.stage, step) == (2, 2):
-            raise Killed
-
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):
-            patch.setattr(Monitor, "log", dies)
-            train_here()
-    finally:
-        os.chdir(here)
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("support.show.monitor.watch_curves", lambda folder: None)  # slow, and not needed here
+        train_until_killed(2, 2, "--watch-every", "24")
     return folder / "runs" / "rarl"
 
 
@@ -118,7 +103,7 @@ def test_damage_is_named_when_a_run_goes_on(half, tmp_path, monkeypatch, capsys,
     run = tmp_path / "runs" / "rarl"
     shutil.copytree(half, run)
     damage(run / file)
-    weights = {p: p.read_bytes() for p in run.rglob("*.distcp")}
+    weights = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         train_here("--resume")
@@ -175,9 +160,6 @@ def test_a_start_of_stage_2_that_dies_at_once_costs_no_stage_1(finished, tmp_pat
     """Between any two of its changes to the folder: --resume goes on with stage 2, or the earlier run is still complete."""
     out, _ = finished
 
-    class Killed(BaseException):
-        pass
-
     states = []
     for call in range(1, 20):
         run = tmp_path / str(call) / "rarl"
@@ -226,6 +208,49 @@ def test_no_sound_checkpoint_is_no_silent_start(half, tmp_path, monkeypatch, cap
         train_here("--resume")
     said = capsys.readouterr().err
     assert said.count("is damaged") == 2 and "holds no sound checkpoint; start without --resume" in said
+
+
+def test_a_folder_that_cannot_be_moved_aside(tmp_path, monkeypatch):
+    """A mount point. While it is empty it is used as it is; what lies in it is not lost."""
+    run = tmp_path / "rarl"
+    run.mkdir()
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    start = Start(1, None, "tiny", "base")
+    open_run(run, Settings(), start)
+    with pytest.raises(SettingError, match="rarl holds an earlier run and cannot be renamed to rarl~1 .*another --name"):
+        open_run(run, Settings(), start)
+    assert (run / "settings.json").exists()
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+
+def no_locks(*_, **__):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("kind", [FileLock, SoftFileLock])
+def test_one_owner(tmp_path, monkeypatch, kind):
+    """Also on a file system without locks (NFS without its lock service): then a file that names its process holds it."""
+    if kind is SoftFileLock:
+        monkeypatch.setattr(FileLock, "_acquire", no_locks)
+    folder = RunFolder(tmp_path / "rarl", CPU)
+    for _ in range(2):  # the lock goes with its owner
+        with folder.owned():
+            refused = pytest.raises(SettingError, match=f"still going .process {os.getpid()} on .*another --name")
+            with refused, RunFolder(tmp_path / "rarl", CPU).owned():
+                raise AssertionError("two owners")
+
+
+def test_no_lock_at_all_names_the_folder_and_the_way_out(tmp_path, monkeypatch):
+    for kind in (FileLock, SoftFileLock):
+        monkeypatch.setattr(kind, "_acquire", no_locks)
+    with pytest.raises(SettingError, match="rarl cannot be locked.*No locks available.*another disk"):
+        RunFolder(tmp_path / "rarl", CPU)._lock()
 
 
 def test_stage_1_of_somebody_else_is_taken_with_a_word(half, tmp_path, monkeypatch, capsys):
