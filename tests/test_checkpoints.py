@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from runs import CPU
 from torch.distributed.checkpoint.api import CheckpointException
 
 import support.run.checkpoints as checkpoints_file
 from support.learner.learner import Learner, make_optimizer_state
-from support.run.checkpoints import Best, Checkpoints
+from support.run.checkpoints import Best, Checkpoints, trained_state
 from support.run.settings import SettingError, Settings
 
 
@@ -51,6 +52,8 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     saved = copy.deepcopy(learner.policy.state_dict())
     checkpoints.save(1, 1, learner, optimizer, {})
     optimizer.step()
+    places = [tensor.data_ptr() for tensor in trained_state(learner, optimizer, Best()).values()]
     checkpoints.load("1-0000001", learner, optimizer, Best())
+    assert [tensor.data_ptr() for tensor in trained_state(learner, optimizer, Best()).values()] == places  # with --offload the host
     assert all(torch.equal(saved[k], v) for k, v in learner.policy.state_dict().items())
     assert all(state["step"] == 1 for state in optimizer.state.values())

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from runs import CPU
 
 import data
 import grpo
@@ -15,11 +16,9 @@ import train
 from support.datasets import load_dataset
 from support.learner.learner import Learner, micro_batches
 from support.learner.stage import RewardWeights, Stage
-from support.learner.world import World
 from support.run.settings import Settings
 from support.run.stage_run import remembered
 
-CPU = World(0, 1, torch.device("cpu"))
 G = 4
 
 

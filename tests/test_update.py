@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from runs import CPU
 from small_data import item
 
 import data
@@ -15,11 +16,9 @@ import train
 from support.datasets import load_dataset
 from support.learner.learner import Learner, micro_batches
 from support.learner.stage import Batch, RewardWeights, Stage
-from support.learner.world import World
 from support.run.preflight import hardest_samples, preflight
 from support.run.settings import SettingError, Settings
 
-CPU = World(0, 1, torch.device("cpu"))
 
 
 def make_batch(policy, settings, mutate=0):

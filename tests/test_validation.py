@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from runs import lines, train_here
+from runs import lines, train_here, train_until_killed
 from small_data import make_images
 
 import data
@@ -14,7 +14,6 @@ from support.datasets import load_dataset
 from support.learner.stage import RewardWeights, Stage
 from support.run.checkpoints import Best
 from support.run.preflight import validation_prompts
-from support.show.monitor import Monitor
 from support.show.results import mean
 
 SHORT = ["--stage", "1", "--eval-samples", "1", "--watch-every", "0"]
@@ -53,21 +52,10 @@ def test_a_stage_ends_with_its_best_policy(scripted, tmp_path, capsys, shares, b
     assert [l["reward"] for l in lines(tmp_path / "runs/rarl/validation.jsonl")] == list(shares)
 
 
-def test_the_best_policy_survives_a_kill(scripted, tmp_path, monkeypatch):
+def test_the_best_policy_survives_a_kill(scripted, tmp_path):
     """Killed in step 2 after a checkpoint whose best policy is an older one than its last."""
-    seen, honest = scripted(0.5, 0.3, 0.4), Monitor.log
-
-    class Killed(BaseException):
-        pass
-
-    def dies(self, step, *rest):
-        honest(self, step, *rest)
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Monitor, "log", dies)
-        train_here(*SHORT)
+    seen = scripted(0.5, 0.3, 0.4)
+    train_until_killed(1, 2, *SHORT)
     best = seen.pop(1)
     train_here(*SHORT, "--resume")
     assert seen.keys() == {2, 3}
