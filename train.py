@@ -135,8 +135,8 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> 
                 ref_logp,
                 micro.advantages.flatten().to(logp.device),  # (N,)
                 micro.mask,
-                s.clip_low,
-                s.clip_high,
+                s.clip,
+                s.clip,
                 s.beta,
                 s.normalize,
                 denominator,
@@ -240,7 +240,7 @@ def ask_everywhere(learner: Learner, samples: dict[int, list[data.Sample]], name
         progress = f"{name}, {n} image{'s' * (n > 1)}" if name and world.main else None
         mine = few[world.rank :: world.size]
         length = data.max_answer_tokens(policy, few)
-        parts = world.gather(evaluation.ask(policy, mine, s.eval_batch_size, length, progress))
+        parts = world.gather(evaluation.ask(policy, mine, s.rollout_batch, length, progress))
         predictions[n] = [parts[i % world.size][i // world.size] for i in range(len(few))]
     return predictions
 
@@ -285,7 +285,7 @@ def run(s: Settings, stop: Stop) -> Results:
     if s.offload and world.size > 1:
         raise SettingError("--offload is for one process: several share Adam's moments among their GPUs")
     folder = RunFolder(Path("runs") / s.name, world)
-    checkpoints = Checkpoints(folder.path / "checkpoints", world, s.keep)
+    checkpoints = Checkpoints(folder.path / "checkpoints", world)
     with folder.owned():
         if s.resume and (done := folder.complete(s, checkpoints)):
             if world.main:

@@ -13,13 +13,11 @@ from support.run.checkpoints import Best, Checkpoints, trained_state
 from support.run.settings import SettingError, Settings
 
 
-
-
 @pytest.mark.parametrize("kind", [OSError, CheckpointException])  # the second is how dcp wraps the first
 def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(policy, tmp_path, monkeypatch, kind):
     learner = Learner(copy.deepcopy(policy), CPU, Settings())
     optimizer = torch.optim.SGD(learner.policy.parameters(), lr=0.1)
-    checkpoints = Checkpoints(tmp_path, CPU, keep=2)
+    checkpoints = Checkpoints(tmp_path, CPU)
     for step in (1, 2, 3):
         checkpoints.save(1, step, learner, optimizer, {})
     assert checkpoints.names() == ["1-0000003", "1-0000002"]
@@ -41,7 +39,7 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     learner = Learner(copy.deepcopy(policy), CPU, Settings())
     optimizer = torch.optim.AdamW(learner.policy.parameters(), lr=0.1, weight_decay=0.0)
     make_optimizer_state(learner.policy, optimizer)
-    checkpoints = Checkpoints(tmp_path, CPU, keep=1)
+    checkpoints = Checkpoints(tmp_path, CPU)
     checkpoints.save(1, 0, learner, optimizer, {})
     weight = learner.policy.model.model.language_model.norm.weight
     before = weight.detach().clone()
@@ -54,6 +52,8 @@ def test_saving_a_checkpoint_does_not_change_adam(policy, tmp_path):
     optimizer.step()
     places = [tensor.data_ptr() for tensor in trained_state(learner, optimizer, Best()).values()]
     checkpoints.load("1-0000001", learner, optimizer, Best())
-    assert [tensor.data_ptr() for tensor in trained_state(learner, optimizer, Best()).values()] == places  # with --offload the host
+    assert [
+        tensor.data_ptr() for tensor in trained_state(learner, optimizer, Best()).values()
+    ] == places  # with --offload the host
     assert all(torch.equal(saved[k], v) for k, v in learner.policy.state_dict().items())
     assert all(state["step"] == 1 for state in optimizer.state.values())

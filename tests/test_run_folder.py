@@ -19,7 +19,7 @@ from support.run.settings import SettingError, Settings
 
 
 def open_run(path, s, start):
-    return RunFolder(path, CPU).open(s, start, Checkpoints(path / "checkpoints", CPU, 2))
+    return RunFolder(path, CPU).open(s, start, Checkpoints(path / "checkpoints", CPU))
 
 
 def test_stage_2_anew_is_not_taken_for_complete(tmp_path):
@@ -184,7 +184,7 @@ def test_a_start_of_stage_2_that_dies_at_once_costs_no_stage_1(finished, tmp_pat
         if len(made) < call:
             break
         s = Settings(**json.loads((run / "settings.json").read_text()) | {"resume": True})
-        checkpoints = Checkpoints(run / "checkpoints", CPU, 2)
+        checkpoints = Checkpoints(run / "checkpoints", CPU)
         results = RunFolder(run, CPU).complete(s, checkpoints)
         if results:
             states.append("complete")
@@ -221,7 +221,9 @@ def test_a_folder_that_cannot_be_moved_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", busy)
     start = Start(1, None, "tiny", "base")
     open_run(run, Settings(), start)
-    with pytest.raises(SettingError, match="rarl holds an earlier run and cannot be renamed to rarl~1 .*another --name"):
+    with pytest.raises(
+        SettingError, match="rarl holds an earlier run and cannot be renamed to rarl~1 .*another --name"
+    ):
         open_run(run, Settings(), start)
     assert (run / "settings.json").exists()
 

@@ -163,7 +163,7 @@ def test_bad_steps_stop_the_run_and_leave_the_last_sound_checkpoint(tmp_path, mo
     said = capsys.readouterr().err
     assert "3 steps in a row had a loss or gradient that is not finite" in said and "smaller --lr" in said
     out = tmp_path / "runs" / "rarl"
-    assert [l["bad"] for l in lines(out / "metrics.jsonl")] == [False, True, True, True]
+    assert [l["bad"] for l in lines(out / "metrics.jsonl")] == [False] + 3 * [True]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["1-0000001"]
     evidence = sorted((out / "bad_steps").iterdir())
     assert [p.name for p in evidence] == [f"1-000000{i}-rank0.json" for i in (1, 2, 3)]
@@ -175,6 +175,22 @@ def test_bad_steps_stop_the_run_and_leave_the_last_sound_checkpoint(tmp_path, mo
     train_here("--resume", *arguments, "--lr", "1e-5")
     assert [l["step"] for l in lines(out / "metrics.jsonl")] == list(range(6))
     assert json.loads((out / "settings.json").read_text())["lr"] == 1e-5
+
+
+def test_weights_that_a_step_ruins_are_not_saved(tmp_path, monkeypatch, capsys):
+    """Steps before that one had a finite loss, and so had it; whether its weights are sound shows in a forward of them."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--stage", "1", "--warmup", "0", "--validate-every", "0", "--eval-samples", "1"]
+    with pytest.raises(SystemExit):
+        train_here(*short, "--steps1", "8", "--lr", "1e20")
+    assert "5 steps in a row" in capsys.readouterr().err
+    assert not (tmp_path / "runs/rarl/checkpoints").exists()
+    train_here("--resume", "--lr", "1e-4")
+    assert [l["bad"] for l in lines(tmp_path / "runs/rarl/metrics.jsonl")] == 8 * [False]
+    with pytest.raises(SystemExit):
+        train_here(*short, "--steps1", "1", "--lr", "1e20", "--name", "one")
+    assert "weights after the last step of stage 1 give no finite log-probs" in capsys.readouterr().err
+    train_here("--resume", "--lr", "1e-4", "--name", "one")
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

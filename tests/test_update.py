@@ -20,7 +20,6 @@ from support.run.preflight import hardest_samples, preflight
 from support.run.settings import SettingError, Settings
 
 
-
 def make_batch(policy, settings, mutate=0):
     """Prompts of 1, 2 and 4 images, random advantages, answers of uneven length."""
     items = load_dataset("dots")
@@ -49,7 +48,7 @@ def gradients_of_update(learner, batch):
 def test_micro_batches_change_nothing(policy, normalize, monkeypatch):
     grads, pack = [], rarl.Packing.__init__
     for limit in (10**6, 400, 1):
-        s = Settings(group_size=4, normalize=normalize, max_tokens_per_forward=limit, max_grad_norm=1e9, beta=0.1)
+        s = Settings(group_size=4, normalize=normalize, max_tokens_per_forward=limit, beta=0.1)
         learner = Learner(copy.deepcopy(policy), CPU, s)
         learner.reference = copy.deepcopy(policy)
         with torch.no_grad():  # a reference that differs

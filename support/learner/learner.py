@@ -28,6 +28,8 @@ from support.learner.world import World
 from support.run.settings import Settings
 from support.show.monitor import Clock
 
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.0, 1.0  # of AdamW and of clipping; the paper states neither
+
 
 class Learner:
     """The policy in its three roles: trained (float32 weights), sampled from, and referred to.
@@ -87,9 +89,9 @@ class Learner:
         s = self.settings
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         if s.offload:
-            optimizer: torch.optim.AdamW = HostAdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+            optimizer: torch.optim.AdamW = HostAdamW(trained, lr=s.lr, weight_decay=WEIGHT_DECAY)
         else:
-            optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+            optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=WEIGHT_DECAY, fused=True)
         make_optimizer_state(self.policy, optimizer)
         self.clock = Clock()
         self.reference = None  # frees the last stage's first
@@ -170,6 +172,14 @@ class Learner:
         finally:
             self.policy.eval()
 
+    @torch.no_grad()
+    def is_sound(self, batch: Batch) -> bool:
+        """Whether log-probs after a step are finite, of one group on each process. Asked of the copy that samples."""
+        few, policy = batch.take([0]), self.rollout_policy
+        with self.autocast():
+            logp = rarl.logprobs(policy, few.prompts, few.ids, few.mask, self.settings.temperature)[0]
+        return all(self.world.gather(bool(logp[few.mask.to(logp.device)].isfinite().all())))
+
     def reference_logprobs(self, micro: Batch) -> Tensor | None:
         """(N, T) log pi_ref of a micro-batch's answers; None without a reference."""
         if self.reference is None:
@@ -195,7 +205,7 @@ class Learner:
         return grad_norm, bad
 
     def clip_gradients(self) -> float:
-        """Scale the gradient down to --max-grad-norm. -> its norm before, the same on all ranks; 0 if there is none"""
+        """Scale the gradient down to MAX_GRAD_NORM. -> its norm before, the same on all ranks; 0 if there is none"""
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         if not gradients:  # no group of this step had an advantage
             return 0.0
@@ -204,7 +214,7 @@ class Learner:
             dist.all_reduce(together)
             for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def save(self, folder: Path) -> None:

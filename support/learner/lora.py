@@ -185,7 +185,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not sound or config.get("peft_type") != "LORA":
         raise ValueError(f"{file} does not describe a LoRA adapter")
     refused = [name for name in config.keys() - HARMLESS if config[name]]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # pissa, olora and others change W itself
+    if config.get("init_lora_weights", True) not in (
+        True,
+        False,
+        "gaussian",
+    ):  # pissa, olora and others change W itself
         refused.append("init_lora_weights")
     if config.get("bias", "none") != "none":
         refused.append("bias")

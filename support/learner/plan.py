@@ -287,18 +287,17 @@ def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
     group = plan.longest.P + s.group_size * (plan.longest.T - 1)  # tokens of a prompt and its answers in the update
     prompts = min(s.rollout_batch, plan.prompts)
     groups = max(1, min(s.max_tokens_per_forward // group, plan.prompts))
-    evaluation = plan.rollout(s.eval_batch_size, 1)
+    evaluation = plan.rollout(s.rollout_batch, 1)
     passing = max(plan.rollout(prompts, s.group_size), evaluation, plan.update(groups, s.activation_checkpointing))
     gb = lambda x: f"{x / GB:.1f}" if x >= 0.05 * GB else f"{x / GB:.2g}"
     rows = {name: gb(x) for name, x in state.items()}
     rows |= {
         f"rollout, --rollout-batch {s.rollout_batch}": gb(plan.rollout(prompts, s.group_size)),
         "  of that, its cache": gb(plan.cache(prompts, s.group_size)),
-        f"evaluation, --eval-batch-size {s.eval_batch_size}": gb(evaluation),
+        f"evaluation, --rollout-batch {s.rollout_batch}": gb(evaluation),
     }
     fit = {
         "largest --rollout-batch": largest(lambda n: plan.rollout(n, s.group_size) <= room, plan.prompts),
-        "largest --eval-batch-size": largest(lambda n: plan.rollout(n, 1) <= room, s.eval_batch_size),
     }
     for how, checkpointing in (("with", True), ("without", False)):
         rows[f"update, --max-tokens-per-forward {s.max_tokens_per_forward}, {how} *"] = gb(

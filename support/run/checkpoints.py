@@ -116,6 +116,7 @@ def file_of(state: dict[str, Tensor], limit: int = 2**30) -> dict[str, int]:
     return {name: 1 + start // limit for name, start in zip(state, before, strict=False)}
 
 
+KEEP = 2  # newest checkpoints: if one is damaged there is another
 # What grows in a run's folder.
 WRITTEN = ("results.json", "metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl")
 
@@ -129,8 +130,8 @@ class Checkpoints:
     `seed_of` in train.py.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int):
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World):
+        self.folder, self.world = folder, world
 
     def names(self) -> list[str]:
         found = self.folder.glob("[12]-[0-9]*") if self.folder.is_dir() else []
@@ -140,7 +141,7 @@ class Checkpoints:
         self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, history: rmo.History,
         best: Best | None = None,
     ) -> None:  # fmt: skip
-        """Save weights, optimiser, settings, RMO's history and the best policy; drop all but the newest `keep`.
+        """Save weights, optimiser, settings, RMO's history and the best policy; drop all but the newest KEEP.
 
         Raises SettingError on a full disk.
         """
@@ -164,7 +165,7 @@ class Checkpoints:
                         shutil.copy(file, beside / file.name)
                 write_checksums(beside)
                 replace_folder(beside, self.folder / name)
-                for old in self.names()[self.keep :]:
+                for old in self.names()[KEEP:]:
                     shutil.rmtree(self.folder / old)
         except (OSError, CheckpointException) as error:  # a full disk, a read-only folder
             free = shutil.disk_usage(self.folder.parent).free  # torch does not say that the disk is full

@@ -94,7 +94,9 @@ class RunFolder:
                     raise
                 lock = SoftFileLock(beside("softlock"), timeout=0)
                 lock.acquire()
-            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            write_text(
+                owner, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            )
         except Timeout as held:
             who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "which has not said who it is"
             raise SettingError(
@@ -217,7 +219,9 @@ class RunFolder:
             checkpoints.remove()
         elif not s.resume:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(file.suffix != ".writing" for file in self.path.iterdir()):  # else empty, or of a start that died at once
+            if any(
+                file.suffix != ".writing" for file in self.path.iterdir()
+            ):  # else empty, or of a start that died at once
                 print(f"the earlier {self.path} is now {move_aside(self.path)}", file=sys.stderr)
                 self.path.mkdir()
         saved = dataclasses.asdict(s) | {"resume": False}

@@ -25,25 +25,22 @@ def setting(default, text: str, **kwargs):
 
 @dataclass
 class Settings:
-    """The defaults are those of the embedded run. What the paper states is marked [paper]; the rest is our choice."""
+    """The defaults are those of the embedded run. What the paper states is marked [paper]; the rest is our choice.
 
-    # What
-    model: str = setting("tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one")
+    A `title` begins a group of `--help`; what is asked for most comes first.
+    """
+
+    model: str = setting(
+        "tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one", title="the run"
+    )
     data: str = setting("dots", "data set, see data.py")
     data_root: str | None = setting(None, "folder of the data set")
     name: str = setting("rarl", "results go to runs/NAME; an earlier run of that name is moved aside")
+    resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
     stage: int | None = setting(
         None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
     )
-    resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
-    columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
-    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
-    question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)")
-    balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 11)")
-    order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
-    decimals: int | None = setting(None, "decimals of a value in the reference answer")
-    # How much
     steps1: int = setting(40, "rollouts of stage 1 (regression, one image); 0 skips the stage")
     steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
@@ -51,13 +48,27 @@ class Settings:
     images: tuple[int, ...] = setting(
         (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]"
     )
-    # Reward
-    delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)")
+
+    question: str | None = setting(
+        None, "what is asked about the images (default: the task's, see data.py)", title="the task and its images"
+    )
+    order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
+    decimals: int | None = setting(None, "decimals of a value in the reference answer")
+    columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
+    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
+    balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 11)")
+    max_pixels: int | None = setting(
+        None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
+    )
+
+    delta: float | None = setting(
+        None, "tolerance of R_reg in label units (default: the task's, see data.py)", title="reward"
+    )
     w_reg: float = setting(1.0, "weight of R_reg")
     w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
     w_format: float = setting(1.0, "weight of R_format")
-    # RMO
-    rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off")
+
+    rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off", title="RMO")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
     rmo_source: str = setting(
         "truth", "the ground truth, or an answer made of the best earlier values for those images",
@@ -67,74 +78,66 @@ class Settings:
         rmo.SPREAD, "homogeneous: the rewards' std is at most this share of the best possible reward"
     )
     rmo_poor: float = setting(rmo.POOR, "poor: the best reward is at most this share of the best possible reward")
-    # GRPO
-    lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]")
+
+    lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]", title="GRPO")
     warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
-    weight_decay: float = setting(0.0, "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
     beta: float = setting(
         grpo.BETA, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
     )
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (matters with several updates per rollout)")
-    clip_high: float = setting(0.2, "and above 1 + clip_high")
+    temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
+    max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
+    updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
+    clip: float = setting(
+        0.2, "epsilon: the ratio is clipped to 1 - clip and 1 + clip (matters with several --updates)"
+    )
     normalize: str = setting(
         "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
     )
-    updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
-    max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
-    # LoRA
-    lora_rank: int = setting(0, "train adapters of this rank, not the weights: for one GPU; 0 trains all weights")
+
+    lora_rank: int = setting(
+        0, "train adapters of this rank, not the weights: for one GPU; 0 trains all weights", title="LoRA"
+    )
     lora_alpha: float = setting(32.0, "an adapter's product is scaled by alpha / rank")
     lora_targets: str = setting(
         "language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision")
     )
-    lora_merge: bool = setting(
-        False, "write whole weights with the adapter in them too, at a stage's end: stageN-merged/"
+
+    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda", title="machine and memory")
+    rollout_batch: int = setting(
+        64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation"
     )
-    # Machine
-    max_pixels: int | None = setting(
-        None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
-    )
-    freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
-    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda")
     max_tokens_per_forward: int = setting(
         32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory"
-    )
-    rollout_batch: int = setting(
-        64, "prompts of a process that are encoded and decoded together: bounds the rollout's memory"
     )
     activation_checkpointing: bool = setting(
         False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
     )
+    freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
     offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
     workers: int = setting(1, "threads that read and resize the images of the next two steps; 0: none")
-    # Safety
-    checkpoint_every: int = setting(50, "steps between checkpoints")
-    keep: int = setting(2, "newest checkpoints that are kept")
-    max_bad_steps: int = setting(5, "stop after this many steps in a row whose loss or gradient is not finite")
-    # Watching
+
+    checkpoint_every: int = setting(
+        50, "steps between checkpoints", title="checkpoints, validation, evaluation, pictures"
+    )
     validate_every: int = setting(
         25,
         "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one",
     )
     val_samples: int = setting(20, "validation prompts for each number of images of the stage")
+    eval_samples: int = setting(200, "test prompts for each number of images")
     watch_every: int = setting(
         24, "steps between pictures: a group of answers for each number of images, the curves so far; 0: none"
     )
     track: str | None = setting(
         None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb")
     )
-    # Evaluation
-    eval_samples: int = setting(200, "test prompts for each number of images")
-    eval_batch_size: int = setting(50, "test prompts at a time")
 
 
 # For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
 # the numbers of steps and the pixels. Model and data root are the user's to give.
 FULL_SIZE = {"model": None, "data_root": None, "lr": 1e-6, "batch_size": 64, "images": (1, 2, 4, 8), "steps1": 500, "steps2": 500,
          "warmup": 10, "max_pixels": 448 * 448, "workers": 4, "activation_checkpointing": True, "val_samples": 100, "eval_samples": 500,
-         "rollout_batch": 8, "eval_batch_size": 8, "max_tokens_per_forward": 16384}  # fmt: skip
+         "rollout_batch": 8, "max_tokens_per_forward": 16384}  # fmt: skip
 PRESETS = {
     name: FULL_SIZE | {"data": name, "name": name}
     for name in ("utkface", "coco", "ava", "csv", "jsonl", "folder", "parquet")
@@ -144,8 +147,8 @@ PRESETS = {
 # Settings of the machine. They change numbers by rounding at most, so a resumed run may have others; the name is
 # that of the folder, which may have been renamed.
 MACHINE = {
-    "name", "resume", "device", "workers", "checkpoint_every", "keep", "eval_batch_size", "max_bad_steps",
-    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track", "lora_merge",
+    "name", "resume", "device", "workers", "checkpoint_every",
+    "rollout_batch", "max_tokens_per_forward", "activation_checkpointing", "watch_every", "track",
     "offload",
 }  # fmt: skip
 
@@ -166,8 +169,14 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # --image for --images would be a guess
     )
-    parser.add_argument("--preset", choices=PRESETS, help="defaults for a real backbone on this kind of data")
+    group: Any = parser
     for f in dataclasses.fields(Settings):
+        if title := f.metadata.get("title"):
+            first, group = group is parser, parser.add_argument_group(title)
+            if first:
+                group.add_argument(
+                    "--preset", choices=PRESETS, help="defaults for a real backbone on this kind of data"
+                )
         how: dict[str, Any]
         if kind_of(f) is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -177,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
             how = {"type": kind_of(f), "choices": f.metadata.get("choices")}
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
-        parser.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
+        group.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
     return parser
 
 
@@ -242,7 +251,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def resumed_settings(run: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """A resumed run is the same run: its settings are those it was started with, but for those of the machine.
 
-    After a stop by --max-bad-steps a smaller --lr is allowed too: nothing else would end the bad steps.
+    After a stop by bad steps a smaller --lr is allowed too: nothing else would end them.
     """
     saved = read_settings(run / "settings.json")
     free = set(MACHINE)
@@ -275,9 +284,9 @@ def check_name(name: str) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
-    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "keep", "max_bad_steps", "val_samples", "eval_samples", "eval_batch_size")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "weight_decay", "beta", "clip_high", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
-    positive = ("lr", "max_grad_norm", "temperature", "lora_alpha")
+    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "val_samples", "eval_samples")  # fmt: skip
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "beta", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
+    positive = ("lr", "temperature", "lora_alpha")
     text = ("question", "order")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
@@ -294,9 +303,8 @@ def check_settings(s: Settings) -> None:
         ("rmo_k", 0 <= s.rmo_k < s.group_size, "must be from 0 to group_size - 1, to leave an answer for contrast"),
         ("rmo_probability", 0 <= s.rmo_probability <= 1, "must be from 0 to 1"),
         ("rmo_poor", 0 <= s.rmo_poor <= 1, "must be from 0 to 1"),
-        ("clip_low", 0 <= s.clip_low <= 1, "must be from 0 to 1"),
+        ("clip", 0 <= s.clip <= 1, "must be from 0 to 1"),
         ("offload", not (s.offload and s.lora_rank), "is of no use with --lora-rank: adapters have few moments"),
-        ("lora_merge", s.lora_rank or not s.lora_merge, "needs --lora-rank"),
         ("freeze_vision", "vision" not in s.lora_targets or not s.freeze_vision, "goes with --lora-targets language"),
     ]
     for name, ok, what in rules:

@@ -72,11 +72,20 @@ class StageRun:
             self.best.offer(share, done, learner.policy)
             self.monitor.log_validation(step, share, rows)
         stopped = max(world.gather(self.stop.signal))
-        # While steps are bad, the last checkpoint stays: the weights before them may be the last sound ones.
-        if self.monitor.bad == 0 and (stopped or done == stage.steps or done % s.checkpoint_every == 0):
-            self.checkpoints.save(stage.number, done, learner, self.optimizer, self.history, self.best)
-        if stopped:
-            raise Interrupted(stopped, f" after step {done} of stage {stage.number}; saved, go on with --resume")
+        last = done == stage.steps
+        if stopped or last or done % s.checkpoint_every == 0:
+            # Judged after the step: one that ruins the weights had a finite loss itself. The checkpoint before it stays.
+            sound = learner.is_sound(batch)
+            if saved := sound and self.monitor.bad == 0:
+                self.checkpoints.save(stage.number, done, learner, self.optimizer, self.history, self.best)
+            elif last and not sound:
+                self.monitor.keep_evidence(step, batch, metrics)
+                self.monitor.give_up(
+                    f"the weights after the last step of stage {stage.number} give no finite log-probs"
+                )
+            if stopped:
+                how = "saved" if saved else "not saved, as its numbers are not finite"
+                raise Interrupted(stopped, f" after step {done} of stage {stage.number}; {how}, go on with --resume")
 
 
 def remembered(batch: Batch) -> rmo.History:

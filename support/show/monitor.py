@@ -244,8 +244,7 @@ class Monitor:
         log = {"images": images} | rollout_metrics(self.world.gather(rollout_numbers(batch))) | update_metrics
         self.bad = self.bad + 1 if log["bad"] else 0
         if log["bad"]:
-            name = f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
-            keep_evidence(self.folder / "bad_steps" / name, batch, log)
+            self.keep_evidence(step, batch, log)
         if self.world.main:
             place = {"stage": self.stage, "step": step}
             self.track(self.before + step, finite(log))
@@ -262,11 +261,18 @@ class Monitor:
                 watch_curves(self.folder)
         self.progress.update()
         if self.bad >= BAD_STEPS:
-            raise SettingError(
-                f"{self.bad} steps in a row had a loss or gradient that is not finite; the batches are in "
-                f"{self.folder / 'bad_steps'}, the last sound weights in {self.folder / 'checkpoints'}: look at the "
-                "images, or go on from there with --resume and a smaller --lr"
-            )
+            self.give_up(f"{self.bad} steps in a row had a loss or gradient that is not finite")
+
+    def give_up(self, why: str) -> None:
+        raise SettingError(
+            f"{why}; the batches are in {self.folder / 'bad_steps'}: look at the images, or go on from the last sound weights "
+            "with --resume and a smaller --lr"
+        )
+
+    def keep_evidence(self, step: int, batch: Batch, log: dict) -> None:
+        """What was in a step whose numbers went wrong. While there is some, --resume takes a smaller --lr."""
+        name = f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
+        keep_evidence(self.folder / "bad_steps" / name, batch, log)
 
     def log_validation(self, step: int, share: float, rows: dict[int, dict]) -> None:
         """Write down what `train.validate` returned after that step."""
