@@ -185,12 +185,12 @@ def test_weights_that_a_step_ruins_are_not_saved(tmp_path, monkeypatch, capsys):
         train_here(*short, "--steps1", "8", "--lr", "1e20")
     assert "5 steps in a row" in capsys.readouterr().err
     assert not (tmp_path / "runs/rarl/checkpoints").exists()
-    train_here("--resume", "--lr", "1e-4")
+    train.main(["--resume", "--lr", "1e-4"])
     assert [l["bad"] for l in lines(tmp_path / "runs/rarl/metrics.jsonl")] == 8 * [False]
     with pytest.raises(SystemExit):
         train_here(*short, "--steps1", "1", "--lr", "1e20", "--name", "one")
     assert "weights after the last step of stage 1 give no finite log-probs" in capsys.readouterr().err
-    train_here("--resume", "--lr", "1e-4", "--name", "one")
+    train.main(["--resume", "--lr", "1e-4", "--name", "one"])
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
