@@ -11,7 +11,7 @@ from data import IMAGE, Item, question_text
 from support.learner import lora
 from support.run.atomic_files import write_text
 from support.run.settings import MACHINE, Settings, flag
-from support.show.results import Results, results_table
+from support.show.results import Results, format_number, results_table
 
 CARD = Template("""---
 library_name: transformers
@@ -103,8 +103,8 @@ def what_was_learned(results: Results) -> str:
     return " ".join(said)
 
 
-def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list[int], form: str = ".2f") -> list[str]:
-    shown = lambda x: "-" if x is None or math.isnan(x) else format(x, form)
+def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list[int], form: str = "") -> list[str]:
+    shown = lambda x: format(x, form) if form and x is not None and not math.isnan(x) else format_number(x, 2)
     return [" / ".join(shown(results.get(name, {}).get(n, {}).get(metric)) for n in numbers) for name in names]
 
 

@@ -47,16 +47,16 @@ def write_predictions(predictions: Sequence[dict], path: Path) -> None:
 
 
 def format_number(x: float | None, digits: int = 3) -> str:
-    """A cell of a table: "-" where the number is undefined, an exponent where it is huge.
+    """A cell of a table: "-" where the number is undefined, an exponent where it is huge, or too small to be seen.
 
-    >>> format_number(0.12345), format_number(7), format_number(1e300), format_number(None)
-    ('0.123', '7', '1.0e+300', '-')
+    >>> format_number(0.12345), format_number(7), format_number(1e300), format_number(0.0002), format_number(None)
+    ('0.123', '7', '1.0e+300', '2.0e-04', '-')
     """
     if x is None or math.isnan(x):
         return "-"
     if isinstance(x, int):
         return str(x)
-    return f"{x:.{digits}f}" if abs(x) < 1e6 else f"{x:.1e}"
+    return f"{x:.{digits}f}" if x == 0 or 0.5 * 10**-digits <= abs(x) < 1e6 else f"{x:.1e}"
 
 
 def format_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
