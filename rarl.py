@@ -393,106 +393,106 @@ def concatenate(parts: Sequence[Rollout], filler: int) -> Rollout:
     return Rollout(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "mask", "logp")))
 
 
-@dataclass
 class Cache:
-    """Keys and values of every layer: the prompt's once per group, and those of each answer."""
+    """Keys and values of every layer, those of a group in one row: [prompt | token 0 of its G answers | token 1 of them | ...].
 
-    prompt: list[tuple[Tensor, Tensor]]  # per layer two (B, K, P, D)
-    answer: list[tuple[Tensor, Tensor]]  # per layer two (B, G, K, T, D), filled step by step
-    bias: Tensor  # (B, 1, 1, P) float32, 0 at prompt tokens, -inf at padding
-    rotary: tuple[Tensor, Tensor]  # two (B, T, D): cos and sin of the answer positions
+    The prompt stands there once. After token t the first P + (t + 1) G places of the S = P + T G are filled, and one call of
+    attention serves all queries of a group: the bias hides from each the tokens of the other answers.
+    """
+
+    def __init__(
+        self, layers: list[tuple[Tensor, Tensor]], real: Tensor, rotary: tuple[Tensor, Tensor], G: int, R: int
+    ):
+        """layers  per layer keys and values, two (B, S, K, D)    real  (B, P) bool, false at padding
+        rotary  two (B, T, D): cos and sin of the answers' positions (see `rotate`)    R  query heads per key/value head
+        """
+        self.layers, self.real, self.rotary, self.G, self.R = layers, real, rotary, G, R
+        own = torch.eye(G, dtype=torch.bool, device=real.device).repeat(1, rotary[0].shape[1])  # (G, T*G)
+        seen = torch.cat([real[:, None].expand(-1, G, -1), own.expand(len(real), -1, -1)], dim=-1)  # (B, G, S)
+        # A row per query, R of each answer. They begin at multiples of 16, as a GPU's attention wants them.
+        hidden = ~F.pad(seen, (0, -seen.shape[-1] % 16)).repeat_interleave(R, dim=1)[:, None]
+        keys = layers[0][0]
+        self.bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device).masked_fill(hidden, -torch.inf)
 
     def keep(self, prompts: Tensor, answers: Tensor) -> "Cache":
         """The cache of B' prompts and G' answers of each.  prompts (B',), answers (B', G')"""
-        rows = prompts[:, None]
-        return Cache(
-            [(k[prompts], v[prompts]) for k, v in self.prompt],
-            [(k[rows, answers], v[rows, answers]) for k, v in self.answer],
-            self.bias[prompts],
-            (self.rotary[0][prompts], self.rotary[1][prompts]),
-        )
+        P, T, rows = self.real.shape[1], self.rotary[0].shape[1], prompts[:, None]
+        steps = torch.arange(T, device=prompts.device)[:, None] * self.G + answers[:, None] + P  # (B', T, G')
+        places = torch.cat([torch.arange(P, device=prompts.device).expand(len(prompts), P), steps.flatten(1)], dim=1)
+        layers = [(k[rows, places], v[rows, places]) for k, v in self.layers]
+        cos, sin = self.rotary
+        return Cache(layers, self.real[prompts], (cos[prompts], sin[prompts]), answers.shape[1], self.R)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Qwen2: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    """Rotary embedding in the half-split layout of Qwen2: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-
-def attention_logits(q: Tensor, k: Tensor) -> Tensor:
-    """q (..., m, D), k (..., t, D) -> q k^T / sqrt(D), (..., m, t) float32.
-
-    The product is made in float32: real Qwen2.5 has values of hundreds here, where bf16 counts in steps of 1 or 2.
+    The first half of `sin` is negative, so that x needs no change of sign: (x1, x2) cos + (x2, x1) (-sin, sin).
     """
-    if q.is_cuda and q.dtype != torch.float32:  # bf16 in, float32 out, without a copy of the keys
-        product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2), out_dtype=torch.float32)
-        product = product.view(*q.shape[:-1], -1)
-    else:
-        product = q.float() @ k.float().transpose(-1, -2)
-    return product.mul_(q.shape[-1] ** -0.5)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def group_attention(q: Tensor, prompt: tuple[Tensor, Tensor], answer: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-    """Attention of one new token of each answer to the shared prompt and to its own answer, under one softmax.
+def rms_norm(module: Any, x: Tensor) -> Tensor:
+    """What a norm of the backbone gives, by torch's own operator: one kernel on a GPU, in the place of six."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
-    q (B, G, H, D)   prompt: two (B, K, P, D)   answer: two (B, G, K, t, D)   bias (B, 1, 1, P)   ->  (B, G, H*D)
+
+def group_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention of one new token of each answer of a group to the shared prompt and to the answer's own tokens.
+
+    q (B, G, H, D)   keys, values (B, S, K, D)   bias (B, 1, G*R, S)   ->  (B, G, H*D)
+    Attention logits are float32 inside the call: real Qwen2.5 has hundreds there, where bf16 counts in steps of 1 or 2.
     """
-    B, G, H, D = q.shape
-    K, t = answer[0].shape[2:4]
-    R = H // K  # query heads per key/value head
-    q = q.view(B, G, K, R, D)
-    q_prompt = q.transpose(1, 2).reshape(B, K, G * R, D)  # all queries of a group against one copy of the prompt
-    to_prompt = attention_logits(q_prompt, prompt[0]) + bias  # (B, K, G*R, P)
-    to_answer = attention_logits(q, answer[0])  # (B, G, K, R, t)
-    to_answer = to_answer.transpose(1, 2).reshape(B, K, G * R, t)
-    weights = torch.cat([to_prompt, to_answer], -1).softmax(-1).to(q.dtype)  # (B, K, G*R, P + t)
-    w_prompt, w_answer = weights.split([to_prompt.shape[-1], t], -1)
-    out_prompt = (w_prompt @ prompt[1]).view(B, K, G, R, D).transpose(1, 2)  # (B, G, K, R, D)
-    out_answer = w_answer.view(B, K, G, R, t).transpose(1, 2) @ answer[1]
-    return (out_prompt + out_answer).reshape(B, G, H * D)
+    q = q.unflatten(2, (keys.shape[2], -1)).transpose(1, 2)  # (B, K, G, R, D): all queries that share a key/value head
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2), values.transpose(1, 2), bias)
+    return out.view(q.shape).transpose(1, 2).flatten(2)
 
 
 def prefill(policy: Policy, prompts: Sequence[Prompt], group_size: int, length: int) -> tuple[Cache, Tensor]:
     """Encode the prompts once. -> the cache, with room for `length` tokens of each answer; (B, C) last hidden state."""
     inputs = prompt_inputs(policy, prompts)
-    language = policy.model.model.language_model
+    language, text = policy.model.model.language_model, policy.model.config.text_config
     packing = Packing(inputs.lengths, [], policy.device)
     out = language(
         inputs_embeds=inputs.embeds[None],
         position_ids=inputs.positions[:, None],
         attention_mask={"full_attention": packing},
-        past_key_values=DynamicCache(config=policy.model.config.text_config),
+        past_key_values=DynamicCache(config=text),
         use_cache=True,
     )
     last = out.last_hidden_state[0, packing.ends]  # (B, C)
-    places = torch.arange(sum(inputs.lengths)).split(inputs.lengths)
-    places = pad_sequence(places, batch_first=True, padding_value=-1).to(policy.device)  # (B, P)
-    apart = lambda x: x[0, :, places].transpose(0, 1)  # (1, K, L, D) -> (B, K, P, D)
-    prompt = [(apart(layer.keys), apart(layer.values)) for layer in out.past_key_values.layers]  # keys are rotated
-    B, K, P, D = prompt[0][0].shape
-    room = lambda x: x.new_zeros(B, group_size, K, length, D)
-    answer = [(room(keys), room(values)) for keys, values in prompt]
-    bias = torch.zeros(B, 1, 1, P, device=last.device).masked_fill(places[:, None, None] < 0, -torch.inf)
-    rotary = language.rotary_emb(last, answer_positions(inputs, length))
-    return Cache(prompt, answer, bias, rotary), last
+
+    def apart(x: Tensor) -> Tensor:  # (1, K, L, D), keys are rotated already -> (B, P + room for the answers, K, D)
+        rows = pad_sequence(x[0].transpose(0, 1).split(inputs.lengths), batch_first=True)
+        return F.pad(rows, (0, 0, 0, 0, 0, length * group_size))
+
+    layers = []
+    for layer in out.past_key_values.layers:
+        layers.append((apart(layer.keys), apart(layer.values)))
+        layer.keys = layer.values = None  # the two caches never exist side by side
+    lengths = torch.tensor(inputs.lengths, device=last.device)
+    real = torch.arange(max(inputs.lengths), device=last.device) < lengths[:, None]
+    cos, sin = language.rotary_emb(last, answer_positions(inputs, length))  # (B, length, D) each
+    signed = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
+    return Cache(layers, real, (cos, signed), group_size, text.num_attention_heads // text.num_key_value_heads), last
 
 
 def decode_step(policy: Policy, cache: Cache, tokens: Tensor, t: int) -> Tensor:
-    """Push token t of every answer through the backbone's own modules. tokens (B, G) -> hidden (B, G, C)."""
-    language = policy.model.model.language_model
+    """Push token t of every answer through the backbone's own weights. tokens (B, G) -> hidden (B, G, C)."""
+    language, G = policy.model.model.language_model, cache.G
+    begin = cache.real.shape[1] + t * G
+    new, filled = slice(begin, begin + G), slice(begin + G)  # places in the cache: of these tokens, of all so far
     cos, sin = (x[:, t, None, None] for x in cache.rotary)  # (B, 1, 1, D)
+    bias = cache.bias[..., filled]
     x = language.embed_tokens(tokens)  # (B, G, C)
-    for layer, prompt, (keys, values) in zip(language.layers, cache.prompt, cache.answer, strict=True):
-        h = layer.input_layernorm(x)
-        attention, D = layer.self_attn, keys.shape[-1]
-        heads = lambda x, D=D: x.unflatten(-1, (-1, D))  # (B, G, C) -> (B, G, heads, D)
-        q = rotate(heads(attention.q_proj(h)), cos, sin)
-        keys[:, :, :, t] = rotate(heads(attention.k_proj(h)), cos, sin)
-        values[:, :, :, t] = heads(attention.v_proj(h))
-        answer = keys[:, :, :, : t + 1], values[:, :, :, : t + 1]  # two (B, G, K, t + 1, D)
-        x = x + attention.o_proj(group_attention(q, prompt, answer, cache.bias))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return language.norm(x)
+    for layer, (keys, values) in zip(language.layers, cache.layers, strict=True):
+        h, attention, (K, D) = rms_norm(layer.input_layernorm, x), layer.self_attn, keys.shape[2:]
+        q_and_k = torch.cat([attention.q_proj(h), attention.k_proj(h)], dim=-1).unflatten(-1, (-1, D))
+        q, keys[:, new] = rotate(q_and_k, cos, sin).split([cache.R * K, K], dim=2)  # (B, G, H or K, D)
+        values[:, new] = attention.v_proj(h).unflatten(-1, (K, D))
+        x = x + attention.o_proj(group_attention(q, keys[:, filled], values[:, filled], bias))
+        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+    return rms_norm(language.norm, x)
 
 
 def draw_uniforms(generator: torch.Generator | list[torch.Generator] | None, B: int, G: int, T: int) -> Tensor:
@@ -649,8 +649,10 @@ def packed_attention(
 
 
 def has_varlen(x: Tensor) -> bool:
-    """Variable-length attention is a kernel for half precision on a GPU. Its numbers are those of the code below it."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Variable-length attention is a kernel for half precision on a GPU of compute capability 8.0 or more, which is where
+    bf16 needs no emulation. Its numbers are those of the code below it."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def window_attention(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import rarl
@@ -19,6 +20,7 @@ import reward
 from experiments import usual_way
 from support.datasets import load_dataset
 from support.datasets.drawings import DOTS
+from support.learner import lora
 
 G, T = 4, 24
 
@@ -325,16 +327,52 @@ def test_large_attention_logits_keep_their_differences_in_bf16():
     torch.manual_seed(0)
     B, G, K, R, P, t, D = 2, 3, 2, 2, 9, 4, 32
     near = lambda *shape: (10 + 0.1 * torch.randn(*shape, D)).bfloat16()  # alike: logits of 560, 1 apart
-    q, keys, answer = near(B, G, K * R), near(B, K, P), near(B, G, K, t)
-    values, answer_values = torch.randn(B, K, P, D).bfloat16(), torch.randn(B, G, K, t, D).bfloat16()
-    out = rarl.group_attention(q, (keys, values), (answer, answer_values), torch.zeros(B, 1, 1, P))
+    q, all_keys = near(B, G, K * R), near(B, P + t * G, K)
+    all_values = torch.randn(B, P + t * G, K, D).bfloat16()
+    cache = rarl.Cache([(all_keys, all_values)], torch.ones(B, P, dtype=torch.bool), (torch.zeros(B, t, D),) * 2, G, R)
+    out = rarl.group_attention(q, all_keys, all_values, cache.bias[..., : P + t * G])
     for b in range(B):
         for g in range(G):
             for h in range(K * R):
-                all_keys = torch.cat([keys[b, h // R], answer[b, g, h // R]]).double()
-                all_values = torch.cat([values[b, h // R], answer_values[b, g, h // R]]).double()
-                exact = (all_keys @ q[b, g, h].double() / D**0.5).softmax(0) @ all_values
+                own = [*range(P), *range(P + g, P + t * G, G)]  # token by token, all answers of one side by side
+                keys, values = (x[b, own, h // R].double() for x in (all_keys, all_values))
+                exact = (keys @ q[b, g, h].double() / D**0.5).softmax(0) @ values
                 torch.testing.assert_close(out[b, g, h * D :][:D].double(), exact, atol=0.03, rtol=0)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, without those that only look at a tensor in another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        view = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        if not view and function is not torch.ops.aten._unsafe_view.default:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rank", "most"), [(0, 24), (4, 40)], ids=["whole", "lora"])
+def test_a_decode_step_launches_few_kernels(policy, prompts, monkeypatch, rank, most):
+    # On a GPU a step costs what its launches cost. A norm counts as one: there F.rms_norm is one kernel, here it is six.
+    adapted = copy.deepcopy(policy)
+    if rank:
+        lora.add_lora(adapted, rank, 8)
+    cache, _ = rarl.prefill(adapted, prompts, G, 3)
+    norm = rarl.rms_norm
+
+    def one(module, x):
+        before = list(operators.names)
+        y = norm(module, x)
+        operators.names = [*before, "rms_norm"]
+        return y
+
+    monkeypatch.setattr(rarl, "rms_norm", one)
+    with torch.no_grad(), Operators() as operators:
+        rarl.decode_step(adapted, cache, torch.zeros(len(prompts), G, dtype=torch.long), 1)
+    assert len(operators.names) <= most * policy.model.config.text_config.num_hidden_layers, operators.names
 
 
 def test_one_token_answers(policy, prompts):

@@ -60,7 +60,9 @@ class LoRALinear(nn.Module):
             return y
         # In the dtype of x, as the base's own product. The gradient comes back through the cast in float32.
         A, B = (m.to(x.dtype) for m in self.instead or (self.A, self.B))
-        return y + self.alpha / self.rank * F.linear(F.linear(x, A), B)
+        low = F.linear(x, A)  # (..., r)
+        y2, low2 = (m.reshape(-1, m.shape[-1]) for m in (y, low))  # as matrices: product, factor and sum are one kernel
+        return torch.addmm(y2, low2, B.t(), alpha=self.alpha / self.rank).view_as(y)
 
 
 def backbone(model: nn.Module) -> nn.Module:
