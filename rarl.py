@@ -18,6 +18,7 @@ Legend of shapes:  B prompts  G answers per prompt  N = B*G  P prompt tokens  T 
 
 import copy
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,14 +167,14 @@ def load_policy(
     try:
         torch.zeros(1, device="cpu" if empty else device).item()
         what, way_out = "read config.json", "copy that file again from where the model came from"
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"the model is a {config.model_type}, and this code runs qwen2_5_vl")
         text, vision = config.text_config, config.vision_config
         if 2 * sum(text.rope_parameters["mrope_section"]) * text.num_attention_heads != text.hidden_size:
             raise ValueError("its mrope_section, hidden_size and num_attention_heads do not fit each other")
         what = "read its tokenizer (tokenizer.json, tokenizer_config.json, chat_template.jinja)"
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         _check_tokenizer(tokenizer, config)
         what = "read preprocessor_config.json"
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
@@ -192,7 +193,12 @@ def load_policy(
             _check_weights(model, keys)
         policy = Policy(model.eval(), tokenizer, processor)
     except Exception as error:  # tokenizers raises plain Exceptions; damaged JSON makes transformers raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = (
+            textwrap.shorten(" ".join(str(error).split()).split(". ")[0], 300, placeholder=" ...")
+            or type(error).__name__
+        )
+        if not os.path.isdir(path) and isinstance(error, OSError):
+            way_out = "check the name, the connection and HF_HUB_OFFLINE, or give a folder that holds the model"
         raise ModelError(f"model {path}: cannot {what} ({reason}): {way_out}") from None
     return policy.to(device)
 

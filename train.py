@@ -28,7 +28,6 @@ Shapes: B prompts of this process, G answers per prompt, N = B*G (answer g of pr
 import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
 
 # isort: split
-import os
 import random
 import sys
 import warnings
@@ -51,7 +50,7 @@ from support.datasets import saved_task
 from support.learner.learner import Learner
 from support.learner.policies import load_start
 from support.learner.stage import Batch, Stage, seed_of
-from support.learner.world import start_world
+from support.learner.world import rank_and_size, start_world
 from support.run.checkpoints import Checkpoints, check_policy
 from support.run.interrupts import Interrupted, Stop, leave, lost_process
 from support.run.preflight import load_items, make_stage, task_overrides
@@ -337,8 +336,9 @@ def run(s: Settings, stop: Stop) -> Results:
 def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = 0, 1
     try:
+        rank, size = rank_and_size()
         run(parse_settings(argv), Stop())
     except (SettingError, data.DataError, rarl.ModelError, OSError, Interrupted) as error:
         leave("train.py", error, rank, size)

@@ -1,7 +1,11 @@
 """Several processes, one model: the main rank alone reads the weights, and `spread` gives them to the others."""
 
 import copy
+import os
+import signal
+import threading
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
@@ -9,8 +13,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 from support.learner import lora
 from support.learner.learner import spread
 from support.learner.policies import load_start
-from support.learner.world import World
-from support.run.settings import Settings
+from support.learner.world import World, rank_and_size, start_world
+from support.run.interrupts import Interrupted, Stop
+from support.run.settings import SettingError, Settings
 
 CPU = torch.device("cpu")
 
@@ -50,3 +55,43 @@ def test_others_load_without_reading_and_receive_all_that_the_main_rank_has(poli
                     assert x.requires_grad == theirs[name].requires_grad, name
             assert one.state_dict().keys() == expected.state_dict().keys()  # no buffer has become a part of it
             assert len(list(one.parameters())) == len(list(expected.parameters()))  # tied weights are still one
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, (1, 2)),
+        ({"RANK": "1"}, "the environment has RANK=1, which torchrun does not set like that: unset RANK WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 WORLD_SIZE=2"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=2"),
+    ],
+)
+def test_what_an_earlier_launcher_left_in_the_environment_is_named(monkeypatch, given, expected):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert rank_and_size() == expected
+    else:
+        with pytest.raises(SettingError, match=expected):
+            rank_and_size()
+
+
+def test_a_signal_is_heard_while_the_others_are_waited_for(monkeypatch):
+    """In C++, inside init_process_group, the main thread would hear none."""
+    monkeypatch.setattr("support.learner.world.rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: threading.Event().wait(20))
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = Stop()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            start_world("cpu")
+    finally:
+        signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGINT, before[1])
+    assert stop.signal == signal.SIGTERM

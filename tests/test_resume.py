@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import Killed, command, lines, train_here, train_until_killed
 
 import train
@@ -80,6 +81,24 @@ def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, ca
     train.main(["--resume"])
     assert f"checkpoint {checkpoints[-1]} is damaged" in capsys.readouterr().err
     assert_same(out, tmp_path / "runs" / "rarl")
+
+
+def test_two_threads_give_the_same_bits_also_when_stopped(tmp_path, monkeypatch):
+    """Nothing in an update adds in an order that threads decide."""
+    files = []
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two", "killed"):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            if name == "killed":
+                train_until_killed(2, 1, "--eval-samples", "1")
+            train_here("--eval-samples", "1", *(["--resume"] if name == "killed" else []))
+            run = tmp_path / name / "runs" / "rarl"
+            files.append([(run / file).read_bytes() for file in ("metrics.jsonl", "stage2/model.safetensors")])
+    finally:
+        torch.set_num_threads(1)
+    assert files[0] == files[1] == files[2]
 
 
 TINY = ["--steps1", "1", "--steps2", "1", "--batch-size", "2", "--images", "2", "--eval-samples", "1"]

@@ -225,7 +225,7 @@ def read_model(path: str | Path) -> Any:
     try:
         if (Path(path) / lora.CONFIG).is_file():
             path = lora.read_config(path)["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"the model is a {config.model_type}, and this code runs qwen2_5_vl")
         text, vision = config.text_config, config.vision_config
