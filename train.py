@@ -244,18 +244,20 @@ def ask_everywhere(learner: Learner, samples: dict[int, list[data.Sample]], name
     return predictions
 
 
-def validate(learner: Learner, stage: Stage) -> tuple[float, dict[int, dict]]:
+def validate(learner: Learner, stage: Stage) -> tuple[list[float], dict[int, dict]]:
     """The policy on the stage's validation prompts.
 
-    -> share of the best possible R_final, averaged over the numbers of images; for each number its own share ("reward")
-    and the metrics of eval.py
+    -> what it earns at each, as a share of the best possible R_final; for each number of images the mean share ("reward") and
+    the metrics of eval.py
     """
+    shares: list[float] = []
     rows: dict[int, dict] = {}
     for n, answers in ask_everywhere(learner, stage.validation).items():
-        earned = [stage.reward(p["text"], sample).total for p, sample in zip(answers, stage.validation[n], strict=True)]
-        share = {"reward": mean(earned) / stage.weights.max_reward(n)}
-        rows[n] = share | evaluation.summarize(answers) | {"interval": intervals(answers)}
-    return mean(row["reward"] for row in rows.values()), rows
+        asked = zip(answers, stage.validation[n], strict=True)
+        earned = [stage.reward(p["text"], sample).total / stage.weights.max_reward(n) for p, sample in asked]
+        rows[n] = {"reward": mean(earned)} | evaluation.summarize(answers) | {"interval": intervals(answers)}
+        shares += earned
+    return shares, rows
 
 
 def evaluate_everywhere(

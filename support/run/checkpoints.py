@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -67,18 +68,28 @@ def check_policy(folder: str | Path) -> None:
 
 
 class Best:
-    """The policy of a stage that earned most on the validation prompts so far. Empty if there is no validation.
+    """The policy that a stage ends with: the one that earned most in validation, or a later one that chance may have put behind it.
 
+    top      what the policy that earned most earned, prompt by prompt, as shares of the best possible reward; empty at first
+    step     after which the policy was as it is kept here
     weights  copies of the parameters that are trained, on the CPU; of several processes each has its own shards
     """
 
-    def __init__(self, reward: float = -math.inf, step: int = 0, weights: dict[str, Tensor] | None = None):
-        self.reward, self.step, self.weights = reward, step, weights or {}
+    def __init__(self, top: list[float] | None = None, step: int = 0, weights: dict[str, Tensor] | None = None):
+        self.top, self.step, self.weights = top or [], step, weights or {}
 
-    def offer(self, reward: float, step: int, policy: rarl.Policy) -> None:
-        """Keep the policy as it is now if none earned more; of two that earn the same, the later has learned more."""
-        if reward >= self.reward:
-            self.reward, self.step, self.weights = reward, step, trained_weights(policy)
+    def offer(self, shares: list[float], step: int, policy: rarl.Policy) -> None:
+        """Keep the policy as it is now, unless the one that earned most did so by more than chance; it has learned longer.
+
+        The prompts are the same each time, so policies are compared prompt by prompt: more than chance is a mean difference above
+        1.96 of its standard errors (95 %). It is always compared with the one that earned most: a slow decline, each step of
+        it within chance, ends there.
+        """
+        behind = np.subtract(self.top or shares, shares)
+        if behind.mean() <= 1.96 * behind.std() / math.sqrt(len(behind)):
+            self.step, self.weights = step, trained_weights(policy)
+        if behind.mean() <= 0:
+            self.top = shares
 
     @torch.no_grad()
     def give_back(self, learner: Learner) -> None:
@@ -158,7 +169,7 @@ class Checkpoints:
             dcp.save(state, storage_writer=writer, no_dist=self.world.size == 1)
             if self.world.main:
                 extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
-                extra["best"] = {"reward": best.reward, "step": best.step} if best.weights else None
+                extra["best"] = {"top": best.top, "step": best.step} if best.weights else None
                 (beside / "extra.json").write_text(json.dumps(extra))
                 for file in (self.folder.parent / written for written in WRITTEN):
                     if file.exists():

@@ -14,18 +14,19 @@ from support.run.checkpoints import Checkpoints
 from support.run.interrupts import Interrupted, Stop
 from support.run.run_folder import RunFolder
 from support.show.monitor import Monitor
+from support.show.results import mean
 
 
 class StageRun:
     """One stage, from its first step or from a checkpoint. The loop asks it for `steps`, and tells it what came of each.
 
     history   RMO's: the best earlier value for each image; empty unless --rmo-source history
-    validate  -> the share of the best possible reward on the validation prompts, and a row for each number of images
+    validate  -> the share of the best possible reward at each validation prompt, and a row for each number of images
     """
 
     def __init__(
         self, folder: RunFolder, checkpoints: Checkpoints, checkpoint: str | None, stop: Stop,
-        validate: Callable[[], tuple[float, dict[int, dict]]],
+        validate: Callable[[], tuple[list[float], dict[int, dict]]],
     ) -> None:  # fmt: skip
         self.folder, self.checkpoints, self.checkpoint = folder, checkpoints, checkpoint
         self.stop, self.validate = stop, validate
@@ -68,9 +69,9 @@ class StageRun:
         self.monitor.log(step, batch, metrics, learner.clock.take())
         done = step + 1
         if stage.validation and (done == stage.steps or done % s.validate_every == 0):
-            share, rows = self.validate()
-            self.best.offer(share, done, learner.policy)
-            self.monitor.log_validation(step, share, rows)
+            shares, rows = self.validate()
+            self.best.offer(shares, done, learner.policy)
+            self.monitor.log_validation(step, mean(shares), rows)
         stopped = max(world.gather(self.stop.signal))
         last = done == stage.steps
         if stopped or last or done % s.checkpoint_every == 0:
