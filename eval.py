@@ -329,5 +329,4 @@ def _check_images(samples: dict[int, list[data.Sample]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may hold bytes that are no text
     main()

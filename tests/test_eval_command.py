@@ -413,3 +413,17 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(tmp_path):
                   tmp_path, cwd=tmp_path, stdout=open("/dev/full", "w"))  # fmt: skip  # noqa: SIM115
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 1 and "Traceback" not in said and "Exception ignored" not in said
+
+
+@pytest.mark.parametrize(
+    ("redirected", "encoding", "printed"),
+    [(">&-", "utf-8", None), ("> out", "ascii", "gr\\xf6\\xdfe 7\n"), ("> out", "utf-8", "größe 7\n")],
+)
+def test_whatever_standard_output_is_the_program_goes_on(tmp_path, redirected, encoding, printed):
+    """What all three programs import first. With a closed output the next file must not take its place either."""
+    program = "import support.run.quiet_end; f = open('file', 'w'); print('größe', 7, flush=True); f.write(str(f.fileno() > 2))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {redirected}', sys.executable, program], cwd=tmp_path, env=environment,
+                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr, (tmp_path / "file").read_text()) == (0, "", "True")
+    assert printed is None or (tmp_path / "out").read_text(encoding="utf-8") == printed

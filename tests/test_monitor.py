@@ -11,6 +11,7 @@ import torch
 from runs import lines, train_here
 
 import data
+import reward
 import train
 from support.datasets import load_dataset
 from support.learner.stage import Batch, RewardWeights, Stage
@@ -32,6 +33,17 @@ def test_whatever_the_policy_writes_the_log_goes_on():
     log = rollout_metrics([rollout_numbers(batch)])
     assert log["mae"] > 1e300 and log["format"] == 0.5 and log["zero_spread"] == 0
     assert json.loads(json.dumps(finite(log | {"loss": math.nan}), allow_nan=False))["loss"] is None
+
+
+def test_rewards_that_differ_in_the_last_bit_are_no_spread():
+    """0.1 + 0.2 is not 0.3 in floating point."""
+    groups = [[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-6]]
+    rewards = [reward.Reward(0.0, x, 0.0, x) for group in groups for x in group]
+    none = torch.zeros(4, 1)
+    samples = data.make_samples(load_dataset("dots"), 1, 2)
+    batch = Batch([], none.long(), none.bool(), none, none[:, 0].bool(), torch.zeros(2, 2), samples=samples,
+                  sampled_rewards=rewards)  # fmt: skip
+    assert rollout_numbers(batch)["zero_spread"] == [True, False]
 
 
 def test_metrics_are_means_over_all_ranks_not_of_their_means():

@@ -247,8 +247,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="draws the samples")
     args = parser.parse_args(argv)
     overrides = {field: getattr(args, field) for field in GIVEN}
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         inspect(args.name, args.root, args.out, overrides, args.seed)
     except (DataError, OSError) as error:

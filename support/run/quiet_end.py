@@ -1,5 +1,10 @@
-"""Ends without a traceback. Import this before anything slow: from then on Ctrl-C prints one line and ends with 130."""
+"""Ends without a traceback. Import this before anything slow: from then on Ctrl-C prints one line and ends with 130.
 
+Whatever standard output is, a program runs to its end and its files are written: where it is closed (`>&-`, a service
+without a terminal) nothing is printed, where it is ASCII alone the rest is escaped.
+"""
+
+import io
 import os
 import sys
 from types import TracebackType
@@ -13,6 +18,26 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 
 sys.excepthook = _report
+
+
+def _usable_streams() -> None:
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except (
+            OSError
+        ):  # closed: else the next file that is opened would get its number, and prints of libraries with it
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a file name may hold letters that ASCII lacks, or bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
+
+
+_usable_streams()
 
 # Before torch, whose C++ part would import it, and takes a Ctrl-C meanwhile for a numpy that is not installed.
 import numpy  # noqa: E402, F401

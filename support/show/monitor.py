@@ -27,6 +27,7 @@ from support.show.results import finite, mean
 from support.show.sheets import watch_group
 
 BAD_STEPS = 5  # in a row, and the run ends
+SAME = 1e-9  # rewards that differ by no more are equal: sums of the same parts in another order differ in the last bit
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics of one step
@@ -48,7 +49,7 @@ def rollout_numbers(batch: Batch) -> dict[str, list]:
             for image, value in r.answer or ()  # of the values in valid answers
         ],
         "tokens": batch.sampled_tokens.tolist() if batch.sampled_tokens is not None else [],
-        "zero_spread": (totals.amax(1) == totals.amin(1)).tolist(),
+        "zero_spread": (totals.amax(1) - totals.amin(1) <= SAME).tolist(),
         "mutated": batch.mutated.tolist(),
         "advantage": batch.advantages.flatten().tolist(),
     }
