@@ -39,10 +39,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments import drawn_labels
-from experiments.commands import CommandError, check_writable, run_command
-from experiments.drawn_labels import AS_DOTS
+from experiments.commands import CommandError, run_command
 from experiments.report import report
-from experiments.runs import Run, Trainer, plan, slug
+from experiments.runs import Run, Trainer, parser_of, plan
 from support.run.settings import comparable, flag, parse_settings
 
 # Of every run; what stands behind -- overrides it. Without validation a stage ends with its last policy.
@@ -77,7 +76,7 @@ ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
 
 def labelled(name: str) -> list[str]:
     """Drawings of dots as files, see drawn_labels.py; drawn as they are, where train.py would draw rare labels more often."""
-    return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *AS_DOTS]
+    return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *drawn_labels.AS_DOTS]
 
 
 def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
@@ -148,9 +147,10 @@ def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     arguments = [*BUDGET, *what.changes, "--seed", str(seed), *more]
     # The name says how the settings differ from BUDGET's. So equal runs of two experiments are one run.
     usual, settings = comparable(parse_settings(BUDGET)), comparable(parse_settings(arguments))
-    words = [what.rival] if what.rival else []
+    words = ["ablate", what.rival or ""]
     words += [f"{key}-{str(value)[:24]}" for key, value in settings.items() if key != "seed" and value != usual[key]]
-    name = f"ablate-{slug('-'.join([*words, f'seed-{seed}']))}"
+    text = "-".join(filter(None, [*words, f"seed-{seed}"])).lower()
+    name = "".join(c if c.isalnum() else "-" for c in text)
     if len(name) > 150:  # too long for a folder; what is cut off, the seed among it, must still tell runs apart
         name = f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
     return plan(name, arguments, what.rival, what.evaluate_on)
@@ -158,10 +158,10 @@ def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
 
 def lost_differences(experiment: str, runs: dict[str, list[Run]]) -> list[str]:
     """Settings that the variants say differently, but whose value behind -- makes alike. Their names then mislead."""
-    said = [plan_run(experiment, variant, 0, []).settings for variant in runs]
-    done = [run.settings for seeds in runs.values() for run in seeds]
+    said = [comparable(plan_run(experiment, variant, 0, []).settings) for variant in runs]
+    done = [comparable(run.settings) for seeds in runs.values() for run in seeds]
     vary = lambda settings, key: any(s[key] != settings[0][key] for s in settings)
-    return [key for key in said[0] if key != "name" and vary(said, key) and not vary(done, key)]
+    return [key for key in said[0] if vary(said, key) and not vary(done, key)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,62 +171,51 @@ def lost_differences(experiment: str, runs: dict[str, list[Run]]) -> list[str]:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> our settings, and those behind --, which go to train.py"""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="experiments.ablate",
-        description="Run an ablation on the embedded default.",
-        epilog="What stands after -- is given to train.py in every run.",
-        allow_abbrev=False,
-    )
+    parser = parser_of("experiments.ablate", "Run an ablation on the embedded default.")
+    parser.epilog = "What stands after -- is given to train.py in every run."
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (set OMP_NUM_THREADS so that they fit)")
-    args = parser.parse_args(argv[:cut])
-    if args.jobs < 1:
-        raise CommandError(f"--jobs {args.jobs} must be at least 1")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise CommandError("--seeds must all differ")
-    more = argv[cut + 1 :]
+    args, more = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     given = {argument.split("=")[0] for argument in more}
     if ours := {"--name", "--seed", "--resume"} & given:
         raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
     args.experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
     drawings = [e for e in args.experiments if any(variant_of(e, name).names_data for name in EXPERIMENTS[e])]
     if drawings and (other := {"--preset", *DATA} & given):
-        raise CommandError(
-            f"{drawings[0]} is about drawings and what is asked of them: leave out {min(other)} behind --"
-        )
+        about = f"{drawings[0]} is about drawings and what is asked of them"
+        raise CommandError(f"{about}: leave out {min(other)} behind --")
     return args, more
 
 
 def ablate(argv: list[str]) -> None:
     """Raises CommandError, SettingError, OSError."""
     args, more = parse(argv)
-    experiments = args.experiments
     planned = {  # all are planned, and so checked, before the first one starts
-        e: {variant: [plan_run(e, variant, seed, more) for seed in args.seeds] for variant in EXPERIMENTS[e]}
-        for e in experiments
+        e: {
+            variant: [plan_run(e, variant, seed, more) for seed in sorted(set(args.seeds))]
+            for variant in EXPERIMENTS[e]
+        }
+        for e in args.experiments
     }
-    for experiment in experiments:
-        for name in lost_differences(experiment, planned[experiment]):
-            print(
-                f"note: {experiment} compares values of {flag(name)}, but behind -- all are given one", file=sys.stderr
-            )
-    check_writable(Path(f"runs/ablate-{experiments[0]}.txt"), "runs/")
-    left = {e: {run.name for seeds in planned[e].values() for run in seeds} for e in experiments}
+    for experiment, of in planned.items():
+        for name in lost_differences(experiment, of):
+            note = f"note: {experiment} compares values of {flag(name)}, but behind -- all are given one"
+            print(note, file=sys.stderr)
+    runs = {e: [run for seeds in of.values() for run in seeds] for e, of in planned.items()}
+    left = {e: {run.name for run in some} for e, some in runs.items()}
 
     def report_what_is_complete(name: str) -> None:
-        for experiment in [e for e in experiments if name in left[e]]:
+        for experiment in [e for e in args.experiments if name in left[e]]:
             left[experiment].remove(name)
             if not left[experiment]:
                 with tqdm.external_write_mode(sys.stdout):
                     print(f"\n{report(experiment, planned[experiment])}\n", flush=True)
                     print(f"wrote runs/ablate-{experiment}.txt, .csv and .png\n", file=sys.stderr)
 
-    runs = [run for e in experiments for seeds in planned[e].values() for run in seeds]
-    for root in sorted({run.settings["data_root"] or "" for run in runs}):
-        if Path(root).parent == Path("runs") and drawn_labels.is_a_name(Path(root).name):
-            drawn_labels.make(Path(root))
-    Trainer().train_all(runs, args.jobs, report_what_is_complete)
+    every = [run for some in runs.values() for run in some]
+    changes = [change for e in args.experiments for name in EXPERIMENTS[e] for change in variant_of(e, name).changes]
+    for folder in sorted({change for change in changes if change.startswith("runs/dots-")}):  # of labelled()
+        drawn_labels.make(Path(folder))
+    Trainer().train_all(every, args.jobs, report_what_is_complete)
 
 
 def main(argv: list[str] | None = None) -> None:

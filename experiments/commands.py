@@ -1,5 +1,6 @@
 """How the commands of this folder end: with a status, or with one line that says what was wrong and what to do."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from support.run.settings import SettingError
 
 class CommandError(ValueError):
     """A setting or a file that cannot work; the message says what to do."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A `type` for argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
+
+    return number
 
 
 def check_writable(path: Path, flag: str) -> None:

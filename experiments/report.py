@@ -44,8 +44,8 @@ def report(experiment: str, runs: dict[str, list[Run]]) -> str:
 def rests_on(variants: Variants) -> str:
     """How many answers stand behind each number of the test set, as "3 seeds x 100 test answers"."""
     runs = [run for seeds in variants.values() for run, _ in seeds]
-    seeds = len({run.settings["seed"] for run in runs})
-    answers = " or ".join(map(str, sorted({run.settings["eval_samples"] for run in runs})))
+    seeds = len({run.settings.seed for run in runs})
+    answers = " or ".join(map(str, sorted({run.settings.eval_samples for run in runs})))
     return f"{seeds} seed{'s' * (seeds > 1)} x {answers} test answers"
 
 
@@ -55,8 +55,8 @@ def rests_on(variants: Variants) -> str:
 
 def place_of(run: Run) -> Place:
     """Files on disk are named by their folder."""
-    root = None if run.evaluate_on else run.settings["data_root"]
-    return run.evaluate_on or (Path(root).name if root else run.settings["data"]), run.settings["model"]
+    root = None if run.evaluate_on else run.settings.data_root
+    return run.evaluate_on or (Path(root).name if root else run.settings.data), run.settings.model
 
 
 def references(variants: Variants) -> dict[Place, tuple[Row, Row]]:
@@ -64,7 +64,7 @@ def references(variants: Variants) -> dict[Place, tuple[Row, Row]]:
     found: dict[Place, tuple[Row, Row]] = {}
     for run, outcome in (pair for seeds in variants.values() for pair in seeds):
         base, blind = found.get(place_of(run), ({}, {}))
-        found[place_of(run)] = ((outcome.base or {}) | base, outcome.blind | blind)
+        found[place_of(run)] = (outcome.base | base, outcome.blind | blind)
     return found
 
 
@@ -110,15 +110,14 @@ def table_rows(variants: Variants) -> list[list[str]]:
 
 def write_csv(variants: Variants, path: Path) -> None:
     """A line for each variant and seed, after those without a seed. What is undefined stays empty."""
-    names = columns(variants)
-    lines = [(title, "", row) for title, row in reference_rows(variants)]
-    lines += [(title, run.settings["seed"], o.row) for title, seeds in variants.items() for run, o in seeds]
+    known = lambda row: {name: x for name, x in row.items() if not math.isnan(x)}
+    lines = [{"variant": title} | known(row) for title, row in reference_rows(variants)]
+    for title, seeds in variants.items():
+        lines += [{"variant": title, "seed": run.settings.seed} | known(outcome.row) for run, outcome in seeds]
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *names])
-        for title, seed, row in lines:
-            numbers = [row.get(name, math.nan) for name in names]
-            writer.writerow([title, seed, *("" if math.isnan(x) else x for x in numbers)])
+        writer = csv.DictWriter(file, ["variant", "seed", *columns(variants)])
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def curve(seeds: list[tuple[Run, Outcome]], key: str) -> Iterator[tuple[list[flo
     """
     run, begin = seeds[0][0], 0
     for stage, count in run.stages.items():
-        cycle = min(len(run.settings["images"]), count)
+        cycle = min(len(run.settings.images), count)
         x, y = [], []
         for first in range(0, count - cycle + 1, cycle):
             x.append(begin + first + (cycle + 1) / 2)  # the middle, the first step being 1

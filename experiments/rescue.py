@@ -14,9 +14,6 @@ was interrupted is resumed. The base is made anew when tiny/ has changed.
 
 import support.run.quiet_end  # isort: skip  # noqa: F401
 
-import argparse
-import json
-import math
 import shutil
 from pathlib import Path
 
@@ -24,12 +21,12 @@ import torch
 
 import data
 import rarl
-from experiments.commands import CommandError, check_writable, run_command
-from experiments.runs import ROOT, Trainer, plan
+from experiments.commands import at_least, run_command
+from experiments.runs import ROOT, Trainer, parser_of, plan, read_run
 from support.datasets import load_dataset
 from support.run.atomic_files import replace_folder
 from support.run.checkpoints import checksum
-from support.show.results import format_table
+from support.show.results import format_table, mean
 
 PROSE = "I cannot tell."
 VARIANTS = {"with RMO": ["--rmo-probability", "1"], "without RMO": ["--rmo-k", "0"]}
@@ -66,35 +63,27 @@ def make_base(tiny: Path, most_steps: int = 300) -> Path:
     return folder
 
 
-def read_steps(folder: Path, count: int) -> Steps:
-    """The lines of metrics.jsonl. Raises CommandError unless there are `count` of them."""
-    file = folder / "metrics.jsonl"
-    try:
-        steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if len(steps) != count or not all(0 <= step["format"] <= 1 for step in steps):
-            raise ValueError(f"it should have {count} steps")
-        return steps
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{file} is damaged ({error}): delete {folder}, and it is trained again") from None
-
-
-def learned_after(steps: Steps) -> int | None:
-    """Updates until at least LEARNED of the sampled answers are valid; None: never.
+def learned_after(steps: Steps) -> str:
+    """Updates until at least LEARNED of the sampled answers are valid.
 
     >>> learned_after([{"format": 0.0}, {"format": 0.5}, {"format": 0.95}])
-    2
+    '2'
     """
-    return next((i for i, step in enumerate(steps) if step["format"] >= LEARNED), None)
+    return next((str(i) for i, step in enumerate(steps) if step["format"] >= LEARNED), "never")
 
 
 def table(runs: dict[str, list[Steps]]) -> str:
-    rows = [["", "valid at first", f"updates until {LEARNED:.0%} are valid", "valid at last", "mutated answers"]]
-    for variant, seeds in runs.items():
-        learned = ["never" if (n := learned_after(steps)) is None else str(n) for steps in seeds]
-        first, last = (", ".join(f"{steps[i]['format']:.0%}" for steps in seeds) for i in (0, -1))
-        mutated = ", ".join(f"{math.fsum(s['mutated'] for s in steps) / len(steps):.1%}" for steps in seeds)
-        rows.append([variant, f"  {first}", f"  {', '.join(learned)}", f"  {last}", f"  {mutated}"])
-    return format_table(rows)
+    columns = {
+        "valid at first": lambda steps: f"{steps[0]['format']:.0%}",
+        f"updates until {LEARNED:.0%} are valid": learned_after,
+        "valid at last": lambda steps: f"{steps[-1]['format']:.0%}",
+        "mutated answers": lambda steps: f"{mean(step['mutated'] for step in steps):.1%}",
+    }
+    rows = [
+        [variant, *("  " + ", ".join(map(column, seeds)) for column in columns.values())]
+        for variant, seeds in runs.items()
+    ]
+    return format_table([["", *columns], *rows])
 
 
 def picture(runs: dict[str, list[Steps]], path: Path) -> None:
@@ -121,38 +110,24 @@ def picture(runs: dict[str, list[Steps]], path: Path) -> None:
 
 def rescue(argv: list[str] | None) -> None:
     """Raises CommandError, SettingError, OSError."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.rescue", description="Show that RMO teaches a format that no answer has.", allow_abbrev=False
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
-    parser.add_argument("--steps", type=int, default=25, help="steps of each run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (set OMP_NUM_THREADS so that they fit)")
-    parser.add_argument("--out", type=Path, default=Path("runs/rescue.png"), help="the picture")
+    parser = parser_of("experiments.rescue", "Show that RMO teaches a format that no answer has.")
+    parser.add_argument("--steps", type=at_least(1), default=25, help="steps of each run")
     args = parser.parse_args(argv)
-    if min(args.steps, args.jobs) < 1:
-        raise CommandError("--steps and --jobs must be at least 1")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise CommandError("--seeds must all differ")
-    if args.out.suffix != ".png":
-        raise CommandError(f"--out {args.out} must end in .png")
-    check_writable(args.out, "--out")
-    check_writable(Path("runs/rescue.txt"), "runs/")
-    base = make_base(ROOT / "tiny")
-    common = [*SETTINGS, "--model", str(base), "--steps1", str(args.steps)]
+    common = [*SETTINGS, "--model", str(make_base(ROOT / "tiny")), "--steps1", str(args.steps)]
     planned = {
         variant: [
             plan(f"rescue-{variant.replace(' ', '-')}-{seed}", [*more, *common, "--seed", str(seed)])
-            for seed in args.seeds
+            for seed in sorted(set(args.seeds))
         ]
         for variant, more in VARIANTS.items()
     }
     Trainer().train_all([run for some in planned.values() for run in some], args.jobs)
-    runs = {variant: [read_steps(run.folder, args.steps) for run in some] for variant, some in planned.items()}
+    runs = {variant: [read_run(run).steps[1] for run in some] for variant, some in planned.items()}
     text = table(runs)
     print(text)
     Path("runs/rescue.txt").write_text(text + "\n", encoding="utf-8")
-    picture(runs, args.out)
-    print(f"wrote runs/rescue.txt and {args.out}")
+    picture(runs, Path("runs/rescue.png"))
+    print("wrote runs/rescue.txt and .png")
 
 
 def main(argv: list[str] | None = None) -> None:

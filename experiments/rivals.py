@@ -14,7 +14,8 @@
                       from them: NGRPO (arXiv 2509.18851; its other parts are left out)
     corpo             the baseline is at least what a poor answer earns, and no std divides: CoRPO (arXiv 2511.04439)
 
-Prompts, steps, optimizer and evaluation are train.py's. Shapes: B prompts, G answers each, N = B*G.
+Prompts, steps, optimizer and evaluation are train.py's. Shapes: B prompts, G answers each, N = B*G; (B, G) is one number for
+each answer.
 """
 
 import support.run.quiet_end  # isort: skip  # noqa: F401
@@ -22,15 +23,16 @@ import support.run.quiet_end  # isort: skip  # noqa: F401
 import argparse
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
 import grpo
+import rarl
 import reward
 import rmo
 import train
@@ -40,7 +42,8 @@ from support.learner.stage import Batch, Stage
 from support.run.settings import Settings
 from support.show import monitor
 
-standard_collect, standard_references = train.collect, train.references_for
+# The method's own functions: main() puts others in their places.
+standard_collect, standard_numbers = train.collect, monitor.rollout_numbers
 
 # --------------------------------------------------------------------------------------------------------------------
 # Other advantages, in the place of grpo.group_advantages
@@ -63,9 +66,9 @@ def batch_std(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
 
 def gdpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     w = stage.weights
-    parts = ((w.w_reg, "regression"), (w.w_rank, "ranking"), (w.w_format, "format"))
-    part_of = lambda part: torch.tensor([getattr(r, part) for r in batch.rewards]).double().view_as(batch.advantages)
-    return torch.stack([weight * grpo.group_advantages(part_of(part)) for weight, part in parts]).sum(0)
+    parts = torch.tensor([r[:3] for r in batch.rewards], dtype=torch.float64).T  # (3, N): format, regression, ranking
+    standardised = [grpo.group_advantages(part.view_as(batch.advantages)) for part in parts]
+    return w.w_format * standardised[0] + w.w_reg * standardised[1] + w.w_rank * standardised[2]
 
 
 def ngrpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
@@ -118,12 +121,12 @@ def crossed_references(
     An answer holds both, they are scored apart, and so the child earns the R_reg of the one and the R_rank of the other. It
     is used if it earns more than what it would replace.
     """
-    valid = [r for r in group if r.answer]
+    valid = [(r, r.answer) for r in group if r.answer]
     if not valid:
         return []
-    values = dict(max(valid, key=lambda r: r.regression).answer or ())
-    order = [image for image, _ in max(valid, key=lambda r: r.ranking).answer or ()]
-    text = data.format_answer((image, f"{values[image]:.12g}") for image in order)
+    _, best_values = max(valid, key=lambda pair: pair[0].regression)
+    _, best_order = max(valid, key=lambda pair: pair[0].ranking)
+    text = data.format_answer((image, f"{dict(best_values)[image]:.12g}") for image, _ in best_order)
     replaced = sorted(r.total for r in group)[: s.rmo_k]
     return [text] if stage.reward(text, sample).total > max(replaced, default=0.0) else []
 
@@ -131,79 +134,73 @@ def crossed_references(
 TRIES = 2  # times that a prompt is drawn anew; what is still alike then stays
 
 
+@dataclass
+class RedrawnBatch(Batch):
+    redrawn: int = 0  # prompts that were drawn anew
+
+
 def collect_with_spread(
     learner: Learner, stage: Stage, step: int, samples: list, prompts: list, history: rmo.History
-) -> Batch:  # fmt: skip
+) -> RedrawnBatch:  # fmt: skip
     """In the place of train.collect: prompts whose answers all earn the same are replaced by others, again and again.
 
-    The new images are read here, not beforehand, so this is slow where images are large. `redrawn` in metrics.jsonl says how
-    many were drawn, per prompt of the step.
+    The new images are read here, not beforehand, so this is slow where images are large.
     """
     batch, redrawn = standard_collect(learner, stage, step, samples, prompts, history), 0
+    keys, sampler, n = learner.random_keys(stage.number, step, len(samples)), stage.sampler, len(samples[0].items)
     for attempt in range(1, TRIES + 1):
         groups = batch.groups([r.total for r in batch.sampled_rewards])
         alike = [b for b, totals in enumerate(groups) if len(set(totals)) == 1]
         if not alike:
             break
-        keys = learner.random_keys(stage.number, step, len(groups))
-        draw = lambda b: random.Random(repr(("redrawn", attempt, keys[b])))  # noqa: B023
-        sampler, n = stage.sampler, len(batch.samples[0].items)
-        others = [data.draw_sample(sampler.pools, n, draw(b), sampler.weights) for b in alike]
+        rngs = [random.Random(repr(("redrawn", attempt, keys[b]))) for b in alike]
+        others = [data.draw_sample(sampler.pools, n, rng, sampler.weights) for rng in rngs]
         their_prompts = data.make_prompts(learner.policy, others)
         learner.prepare(their_prompts)
         # Its random generators are seeded by the step: one that no step has.
         new = standard_collect(learner, stage, step + attempt * 10**6, others, their_prompts, history)
         batch = replaced(batch, new, alike, learner.policy.eos_id)
         redrawn += len(alike)
-    batch.redrawn = redrawn  # type: ignore[attr-defined]
-    return batch
+    return RedrawnBatch(**vars(batch), redrawn=redrawn)
 
 
-def replaced(batch: Batch, new: Batch, places: Sequence[int], filler: int) -> Batch:
+def replaced(batch: Batch, new: Batch, places: list[int], filler: int) -> Batch:
     """The batch with the groups of `new` at these places."""
     B, G = batch.advantages.shape
-    group, row = list(range(B)), list(range(B * G))  # places in the batch followed by `new`
+    groups = list(range(B))  # places in the batch followed by `new`
     for i, b in enumerate(places):
-        group[b] = B + i
-        row[b * G : (b + 1) * G] = range((B + i) * G, (B + i + 1) * G)
-    width = max(batch.ids.shape[1], new.ids.shape[1])
+        groups[b] = B + i
+    rows = [b * G + g for b in groups for g in range(G)]
+    answers = rarl.concatenate([rarl.Rollout(x.ids, x.mask, x.sampled_logp) for x in (batch, new)], filler)
 
-    def joined(name: str) -> Any:
+    def chosen(name: str, at: list[int]) -> Any:
         ours, theirs = getattr(batch, name), getattr(new, name)
-        which = group if name in ("prompts", "samples", "advantages") else row
-        if isinstance(ours, list):
-            return [(ours + theirs)[i] for i in which]
-        if name in ("ids", "mask", "sampled_logp"):
-            wide = lambda x: F.pad(x, (0, width - x.shape[1]), value=filler if name == "ids" else 0)
-            ours, theirs = wide(ours), wide(theirs)
-        return torch.cat([ours, theirs])[which]
+        return [(ours + theirs)[i] for i in at] if isinstance(ours, list) else torch.cat([ours, theirs])[at]
 
-    names = ("prompts", "ids", "mask", "sampled_logp", "mutated", "advantages", "samples", "texts", "sampled_rewards",
-             "rewards", "sampled_tokens")  # fmt: skip
-    return Batch(**{name: joined(name) for name in names}, max_reward=batch.max_reward)
+    by_group = {name: chosen(name, groups) for name in ("prompts", "samples", "advantages")}
+    by_row = {n: chosen(n, rows) for n in ("mutated", "texts", "sampled_rewards", "rewards", "sampled_tokens")}
+    return Batch(
+        ids=answers.ids[rows], mask=answers.mask[rows], sampled_logp=answers.logp[rows], max_reward=batch.max_reward,
+        **by_group, **by_row,
+    )  # fmt: skip
 
 
-standard_numbers = monitor.rollout_numbers
-
-
-def numbers_with_redrawn(batch: Batch) -> dict[str, list]:
-    """In the place of monitor.rollout_numbers."""
-    return standard_numbers(batch) | {"redrawn": [batch.redrawn / len(batch.samples)]}  # type: ignore[attr-defined]
+def numbers_with_redrawn(batch: RedrawnBatch) -> dict[str, list]:
+    """In the place of monitor.rollout_numbers, with `redrawn`: prompts drawn anew, per prompt of the step."""
+    return standard_numbers(batch) | {"redrawn": [batch.redrawn / len(batch.samples)]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+ADVANTAGES = {"dr-grpo": dr_grpo, "batch-std": batch_std, "gdpo": gdpo, "ngrpo": ngrpo, "corpo": corpo}
 
 # name -> what it replaces: (module, name of the function, the function that takes its place)
 RIVALS: dict[str, list[tuple[Any, str, Callable]]] = {
     "imitation": [(train, "collect", imitate)],
     "dynamic-sampling": [(train, "collect", collect_with_spread), (monitor, "rollout_numbers", numbers_with_redrawn)],
     "crossed": [(train, "references_for", crossed_references)],
-    **{
-        name: [(train, "collect", with_advantages(advantages))]
-        for name, advantages in
-        {"dr-grpo": dr_grpo, "batch-std": batch_std, "gdpo": gdpo, "ngrpo": ngrpo, "corpo": corpo}.items()
-    },
-}  # fmt: skip
+    **{name: [(train, "collect", with_advantages(function))] for name, function in ADVANTAGES.items()},
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The runs that an experiment compares: planned from settings, trained in processes of their own, read when they are done."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.commands import CommandError
-from support.run.settings import MACHINE, SettingError, parse_settings
+from experiments.commands import CommandError, at_least
+from support.run.settings import SettingError, Settings, comparable, parse_settings, read_settings
 from support.show.results import mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,15 @@ STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_va
          "mutated": "mutated", "redrawn": "redrawn"}  # fmt: skip
 
 
+def parser_of(program: str, description: str) -> argparse.ArgumentParser:
+    """With the settings of every command that compares runs."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
+    threads = "runs at a time (set OMP_NUM_THREADS so that they fit)"
+    parser.add_argument("--jobs", type=at_least(1), default=1, help=threads)
+    return parser
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Planning
 
@@ -34,22 +44,22 @@ STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_va
 class Run:
     """One training run, and the data set that its last policy is evaluated on.
 
-    settings     what its settings.json will hold
     rival        of the method, see rivals.py; None: the method itself
     evaluate_on  name of the data set; None: the test split of the training's own
     """
 
     name: str
     arguments: list[str]
-    settings: dict
+    settings: Settings
     rival: str | None = None
     evaluate_on: str | None = None
 
     @property
     def stages(self) -> dict[int, int]:
         """Number of a stage -> its steps."""
-        steps = {stage: self.settings[f"steps{stage}"] for stage in (1, 2) if self.settings["stage"] in (None, stage)}
-        return {stage: count for stage, count in steps.items() if count}
+        s = self.settings
+        steps = {1: s.steps1, 2: s.steps2}
+        return {stage: count for stage, count in steps.items() if count and s.stage in (None, stage)}
 
     @property
     def steps(self) -> int:
@@ -63,40 +73,25 @@ class Run:
     def results(self) -> Path:
         return (self.folder / f"on-{self.evaluate_on}" if self.evaluate_on else self.folder) / "results.json"
 
-    def saved_settings(self) -> dict:
-        """{} if the folder holds no run."""
-        file = self.folder / "settings.json"
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError:
-            return {}
-        return saved if isinstance(saved, dict) else {}
-
-    def is_ours(self) -> bool:
+    def is_begun(self) -> bool:
         """Whether the folder holds a run of these settings. Those of the machine may be others, as when one is resumed."""
-        saved, ours = ({k: v for k, v in s.items() if k not in MACHINE} for s in (self.saved_settings(), self.settings))
-        return saved == ours
+        try:
+            saved = read_settings(self.folder / "settings.json")
+        except SettingError:  # no run, or one that train.py could not resume
+            return False
+        return comparable(Settings(**saved)) == comparable(self.settings)
 
     def is_done(self) -> bool:
-        return self.is_ours() and (self.folder / "results.txt").exists()
-
-    def can_be_resumed(self) -> bool:
-        """train.py resumes only a run that knows every setting, those of the machine too."""
-        return self.is_ours() and self.saved_settings().keys() == self.settings.keys()
+        return self.is_begun() and (self.folder / "results.txt").exists()
 
 
 def plan(name: str, arguments: list[str], rival: str | None = None, evaluate_on: str | None = None) -> Run:
     """Raises SettingError if train.py would refuse the settings."""
     arguments = ["--name", name, *arguments]
-    settings = json.loads(json.dumps(dataclasses.asdict(parse_settings(arguments))))
-    run = Run(name, arguments, settings, rival, evaluate_on)
+    run = Run(name, arguments, parse_settings(arguments), rival, evaluate_on)
     if not run.steps:
         raise SettingError("--steps1 and --steps2 are both 0: nothing would be trained")
     return run
-
-
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -120,17 +115,16 @@ class Trainer:
         for run in runs:
             shared.setdefault(run.name, []).append(run)
         steps = {name: of[0].steps for name, of in shared.items()}
-        before = {name for name, of in shared.items() if of[0].is_done()}
-        done = sum(steps[name] for name in before)
+        left = {name: 0 if of[0].is_done() else steps[name] for name, of in shared.items()}
+        done = sum(steps.values()) - sum(left.values())
         with ThreadPoolExecutor(jobs) as pool:  # threads that wait for processes
             try:
                 futures = {pool.submit(self.finish, of): name for name, of in shared.items()}
                 with tqdm(total=sum(steps.values()), initial=done, unit="step", desc=f"{len(shared)} runs") as bar:
                     for future in as_completed(futures):
                         future.result()
-                        name = futures[future]
-                        bar.update(0 if name in before else steps[name])
-                        when_done(name)
+                        bar.update(left[futures[future]])
+                        when_done(futures[future])
             finally:
                 self.stop()
 
@@ -138,21 +132,20 @@ class Trainer:
         """Train what is one run, and evaluate it wherever one of `runs` asks for that."""
         self.train_unless_done(runs[0])
         for run in runs:
-            self.evaluate_unless_done(run)
+            if run.evaluate_on and not run.results.exists():
+                self.evaluate(run)
 
     def train_unless_done(self, run: Run) -> None:
         if not run.is_done():
-            resume = ["--resume"] if run.can_be_resumed() else []
+            resume = ["--resume"] if run.is_begun() else []
             program = ["experiments/rivals.py", run.rival] if run.rival else ["train.py"]
             self.call(run, [*program, *run.arguments, *resume], log_mode="w")
 
-    def evaluate_unless_done(self, run: Run) -> None:
-        if run.evaluate_on is None or run.results.exists():
-            return
+    def evaluate(self, run: Run) -> None:
         s = run.settings
         words = ["--model", run.folder / f"stage{max(run.stages)}", "--data", run.evaluate_on, "--seed", 0,
-                 "--images", *sorted({1, *s["images"]}), "--samples", s["eval_samples"], "--device", s["device"],
-                 "--batch-size", s["rollout_batch"], "--out", run.results.parent]  # fmt: skip
+                 "--images", *sorted({1, *s.images}), "--samples", s.eval_samples, "--device", s.device,
+                 "--batch-size", s.rollout_batch, "--out", run.results.parent]  # fmt: skip
         self.call(run, ["eval.py", *map(str, words)], log_mode="a")
 
     def call(self, run: Run, words: list[str], log_mode: str) -> None:
@@ -188,13 +181,13 @@ class Outcome:
     """What one run shows.
 
     row    held-out metrics of the final policy, then means over the steps of training
-    base   held-out metrics before training; None if the run is evaluated elsewhere, where its base was not
+    base   held-out metrics before training; empty if the run is evaluated elsewhere, where its base was not
     blind  MAE of the best constant, tau of the order of the prompt
     steps  stage -> lines of metrics.jsonl
     """
 
     row: Row
-    base: Row | None
+    base: Row
     blind: Row
     steps: dict[int, list[dict]]
 
@@ -218,20 +211,17 @@ def read_run(run: Run) -> Outcome:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         row = held_out(results[[name for name in results if name.startswith("stage")][-1]])
-        base = None if run.evaluate_on else held_out(results["base"])
+        base = {} if run.evaluate_on else held_out(results["base"])
         blind = {f"MAE@{n}": number(r["mae"]) for n, r in results["best constant by MAE"].items()}
         blind |= {f"tau@{n}": number(r["tau"]) for n, r in results["prompt order"].items()}
         file, redo = run.folder / "metrics.jsonl", "trained"
-        logs = {}
-        for line in file.read_text(encoding="utf-8").splitlines():
-            log = json.loads(line)
-            if run.rival == "imitation":  # it has no groups of answers
-                log |= dict.fromkeys(("advantage_var", "zero_spread", "mutated"))
-            logs[log["stage"], log["step"]] = log
-        if len(logs) != run.steps:
+        logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if run.rival == "imitation":  # it has no groups of answers
+            logs = [log | dict.fromkeys(("advantage_var", "zero_spread", "mutated")) for log in logs]
+        steps = {stage: [log for log in logs if log["stage"] == stage] for stage in run.stages}
+        if {stage: len(of) for stage, of in steps.items()} != run.stages:
             raise ValueError(f"it should have {run.steps} steps")
-        row |= {title: mean(log.get(key) for log in logs.values()) for title, key in STEPS.items()}
-        steps = {stage: [log for (of, _), log in logs.items() if of == stage] for stage in run.stages}
+        row |= {title: mean(log.get(key) for log in logs) for title, key in STEPS.items()}
         return Outcome(row, base, blind, steps)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -103,17 +103,17 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
     from experiments import ablate, make_tiny, rescue
 
     monkeypatch.chdir(tmp_path)
-    # An ablation trains its first run here, and the others are copies: that their settings are sound is checked before
+    # An experiment trains its first run here, and the others are copies: that their settings are sound is checked before
     # any of them starts, and that it starts processes and waits for them is tested in test_ablate.py.
-    trained = []
+    trained = {}
 
     def train_first(self, run):
-        if trained:
-            if not run.folder.exists():  # two experiments may share it
-                shutil.copytree(trained[0], run.folder)
-        else:
+        stages = tuple(run.stages)
+        if stages not in trained:
             train.main(run.arguments)
-            trained.append(run.folder)
+            trained[stages] = run.folder
+        elif not run.folder.exists():  # two experiments may share it
+            shutil.copytree(trained[stages], run.folder)
 
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
     monkeypatch.setattr(rescue, "make_base", lambda tiny: tiny)  # tested in test_rescue.py
