@@ -313,7 +313,7 @@ def test_a_shared_run_is_trained_once_and_evaluated_elsewhere_once(here, monkeyp
     assert train[0].endswith("train.py") and "--data" not in train
     assert evaluation[0].endswith("eval.py")
     assert " ".join(evaluation[1:]) == (
-        f"--model {folder}/stage2 --data dials --seed 0 --images 1 2 4 --samples 7 --device cpu --batch-size 50 "
+        f"--model {folder}/stage2 --data dials --seed 0 --images 1 2 4 --samples 7 --device cpu --batch-size 64 "
         f"--out {folder}/on-dials"
     )
     runs.Trainer().train_all(planned, jobs=2)
