@@ -1,7 +1,7 @@
-"""Every command of the READMEs that needs no download and no GPU runs as written, on a small budget.
+"""Every command of the READMEs and of docs/ that needs no download and no GPU runs as written, on a small budget.
 
-One command of each kind runs in a process of its own, as a reader would start it. The others call the same main(), because
-torch takes seconds to import.
+Two run in processes of their own, as a reader would start them: the first command, and torchrun. The others call the same
+main() here, as torch takes seconds to import, and share one short run.
 """
 
 import importlib
@@ -13,24 +13,26 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from runs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 2 --val-samples 2 --workers 0 --watch-every 0"
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README, EXPERIMENTS, METRICS = (TEXTS[name] for name in ("README.md", "experiments/README.md", "docs/metrics.md"))
+TRAIN = "--steps1 1 --steps2 1 --batch-size 2 --group-size 2 --images 2 --eval-samples 1 --val-samples 1 --workers 0 --watch-every 0"
 SMALL = {  # what makes a command short, added at its end
     "train": TRAIN,
     "eval": "--samples 2",
-    "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1 --values 1 2",
+    "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1",
     "experiments.ablate": f"--seeds 0 -- {TRAIN}",
+    "experiments.rivals": f"{TRAIN} --name rival --steps2 0",
     "experiments.rescue": "--seeds 0 --steps 2",
     "experiments.make_tiny": "--eyes-steps 1 --rotated-steps 1 --sorted-steps 1 --habits-steps 1 --drawings 64",
 }
-ELSEWHERE = ("/data/", "Qwen/", "HOST", "ROOT", "PATH", "...", "photos")  # needs data, a hub or other machines
+ELSEWHERE = ("/data/", "Qwen/", "HOST", "photos")  # needs data, a hub or other machines
 TOOLS = ("-m pytest", "-m mypy", "pip ", "ruff ")
+APART = ("python train.py", "torchrun train.py --stage 1")
 MAIN_OF = {"data": "support.datasets.report"}  # as data.py finds it
 
 
@@ -38,12 +40,12 @@ class Command:
     """A line of a README such as "torchrun --nproc_per_node 2 train.py --stage 1"."""
 
     def __init__(self, line):
-        self.line = re.sub(r"\s*#.*", "", line.replace("\\\n", " ")).split("&& ")[-1].strip()
+        self.line = re.sub(r"\s*#.*", "", line).split("&& ")[-1].strip()
         program, *words = shlex.split(self.line)
         place = next(i for i, word in enumerate(words) if word.endswith(".py") or (i and words[i - 1] == "-m"))
-        self.launcher = [*words[:place], words[place]]
-        self.torchrun, self.arguments = program == "torchrun", words[place + 1 :]
-        self.module = words[place].removesuffix(".py")
+        self.launcher = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
+        self.launcher += [*words[:place], str(ROOT / words[place])]
+        self.module, self.arguments = words[place].removesuffix(".py"), words[place + 1 :]
 
     @property
     def here(self):
@@ -51,22 +53,18 @@ class Command:
 
     def small(self):
         """The arguments, and behind them those that make it short."""
-        arguments, small = self.arguments, shlex.split(SMALL.get(self.module, ""))
-        if "--rank" in arguments:
-            small = []
-        if "--" in small:  # ablate's own settings stand before --, those of train.py after it
-            cut = arguments.index("--") if "--" in arguments else len(arguments)
-            own = small.index("--")
-            return [*arguments[:cut], *small[:own], "--", *arguments[cut + 1 :], *small[own + 1 :]]
-        return [*arguments, *small]
+        small = shlex.split(SMALL.get(self.module, ""))
+        if self.module == "experiments.bench" and "--values" in self.arguments:
+            small += ["--values", "1"]
+        return [*self.arguments, *small]
 
-    def run_apart(self, folder):
+    def start_apart(self, folder):
         """As a reader would, in a process of its own."""
-        start = [sys.executable, *(["-m", "torch.distributed.run"] if self.torchrun else []), *self.launcher]
-        start = [str(ROOT / word) if word.endswith(".py") else word for word in start]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*start, *self.small()], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{self.line}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*self.launcher, *self.small()], cwd=folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def run_inside(self):
         try:
@@ -76,9 +74,9 @@ class Command:
 
 
 def commands():
-    lines = re.findall(r"^    ((?:.*&& )?(?:python|torchrun) .*(?:\\\n.*)*)$", README + EXPERIMENTS, re.M)
-    lines = list(dict.fromkeys(lines))  # each once
-    return [Command(line) for line in lines if not any(tool in line.split("&& ")[-1] for tool in TOOLS)]
+    lines = re.findall(r"^    ((?:.*&& )?(?:python|torchrun) .*)$", "\n".join(TEXTS.values()), re.M)
+    lines = [line for line in lines if not any(tool in line.split("&& ")[-1] for tool in TOOLS)]
+    return list({command.line: command for command in map(Command, lines)}.values())  # each once
 
 
 @pytest.fixture
@@ -98,11 +96,25 @@ def test_the_two_commands_come_first():
     ]
 
 
-def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
+def test_the_first_commands_run_as_typed(tmp_path):
+    running = {}
+    for command in (command for command in commands() if command.line in APART):
+        folder = tmp_path / command.launcher[1].strip("-").replace("/", "_")
+        folder.mkdir()
+        running[command.line] = command.start_apart(folder)
+    assert set(running) == set(APART)
+    for line, process in running.items():
+        printed = process.communicate()[0]
+        assert process.returncode == 0, f"{line}\n{printed[-3000:]}"
+
+
+def test_every_other_command_runs(finished, tmp_path, monkeypatch, signals):
     import train
     from experiments import ablate, make_tiny, rescue
+    from experiments.rivals import RIVALS
 
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished[0], tmp_path / "runs" / "rarl")  # what `python train.py` leaves
     # An experiment trains its first run here, and the others are copies: that their settings are sound is checked before
     # any of them starts, and that it starts processes and waits for them is tested in test_ablate.py.
     trained = {}
@@ -118,16 +130,13 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, signals):
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
     monkeypatch.setattr(rescue, "make_base", lambda tiny: tiny)  # tested in test_rescue.py
     monkeypatch.setattr(make_tiny, "examine", lambda *policy: ("", []))  # tested in test_lessons.py
-    runnable = [command for command in commands() if command.here]
+    for module, name, _ in (place for places in RIVALS.values() for place in places):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
+    runnable = [command for command in commands() if command.here and command.line not in APART]
     assert {"train", "eval", "experiments.bench", "experiments.ablate"} <= {command.module for command in runnable}
-    apart = set()
     for command in runnable:
-        kind = (command.module, command.torchrun)
-        if kind in {("train", False), ("train", True), ("experiments.bench", False)} - apart:
-            apart.add(kind)
-            command.run_apart(tmp_path)
-        else:
-            command.run_inside()
+        command.run_inside()
+        monkeypatch.setattr(train, "collect", train.collect)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not c.here], ids=lambda command: command.line[:60])
@@ -154,15 +163,36 @@ def test_every_file_is_in_a_readme():
         assert f"`{file.name}`" in README
     for file in (ROOT / "experiments").glob("[!_]*.py"):
         assert f"`{file.name}`" in EXPERIMENTS
+    for room in ROOT.glob("support/*/"):
+        assert room.name == "__pycache__" or f"`support/{room.name}/`" in README
 
 
-def test_table_of_metrics_names_what_a_run_writes(tmp_path, monkeypatch, signals):
-    import train
+def test_the_reading_order_says_how_long_files_are():
+    said = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
+    assert set(said) == {file.name for file in ROOT.glob("*.py")}
+    for name, about in said.items():
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(about)) <= 0.1 * lines + 10, f"{name} has {lines} lines"
 
-    monkeypatch.chdir(tmp_path)
-    train.main([*shlex.split(TRAIN), "--updates", "2"])
-    written = set(json.loads((tmp_path / "runs/rarl/metrics.jsonl").read_text().splitlines()[0]))
-    section = README.split("## The numbers in `metrics.jsonl`")[1].split("\n## ")[0]
-    explained = set(re.findall(r"`([a-z_]+)`", section.split("|---|---|")[1]))
-    assert explained - {"valid"} <= written | {"updates"}
-    assert written - explained == {"stage", "step", "images", "tokens", "bad", "loss", "policy_loss"}
+
+def anchors(text):
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", TEXTS[page]):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "timing.jsonl"])
+def test_the_numbers_of_a_run_are_explained(finished, file):
+    written = set(json.loads((finished[0] / file).read_text().splitlines()[-1]))
+    section = METRICS.split(f"## `{file}`")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == written - {"stage", "step", "images"}
