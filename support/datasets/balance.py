@@ -1,4 +1,4 @@
-"""Even drawing: rare labels more often, so that no single answer does well everywhere (README, choice 11).
+"""Even drawing: rare labels more often, so that no single answer does well everywhere (README, choice 9).
 
 Labels of real data are skewed, and then the best constant answer earns about as much as a good policy, so that training
 finds the constant: on dots whose labels are geometric, 0.71 against 0.77 of R_reg; drawn evenly, 0.42 against 0.77. A

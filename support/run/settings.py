@@ -56,7 +56,7 @@ class Settings:
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
     skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
-    balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 11)")
+    balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 9)")
     max_pixels: int | None = setting(
         None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
     )
