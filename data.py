@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -111,8 +112,25 @@ def reference_answer(sample: Sample) -> str:
 # Samples
 
 
+class Pool(list[Item]):
+    """The items of one task. What drawing has to look through all of them for is found once."""
+
+    @cached_property
+    def labels_differ(self) -> bool:
+        return any(item.label != self[0].label for item in self)
+
+    def with_other_labels(self, label: float) -> list[Item]:
+        if label not in self._others:
+            self._others[label] = [item for item in self if item.label != label]
+        return self._others[label]
+
+    @cached_property
+    def _others(self) -> dict[float, list[Item]]:
+        return {}
+
+
 def draw_sample(
-    pools: dict[Task, list[Item]], num_images: int, rng: random.Random, weights: dict[Task, list[float]] | None = None
+    pools: dict[Task, Pool], num_images: int, rng: random.Random, weights: dict[Task, list[float]] | None = None
 ) -> Sample:
     """n items of one task, with different labels where the task has enough of them.
 
@@ -123,7 +141,7 @@ def draw_sample(
     """
     tasks = [task for task, items in pools.items() if len(items) >= num_images]
     if num_images > 1:
-        tasks = [task for task in tasks if _labels_differ(pools[task])] or tasks
+        tasks = [task for task in tasks if pools[task].labels_differ] or tasks
     task = rng.choices(tasks, weights=[len(pools[task]) for task in tasks])[0]
     items = pools[task]
     chosen: dict[str, Item] = {}
@@ -139,19 +157,15 @@ def draw_sample(
                 chosen[item.name] = item
                 seen.add(item.label)
     picked = list(chosen.values())
-    if num_images > 1 and len(seen) == 1 and _labels_differ(items):  # the other labels are too rare to be met
-        picked[-1] = rng.choice([item for item in items if item.label not in seen])
+    if num_images > 1 and len(seen) == 1 and items.labels_differ:  # the other labels are too rare to be met
+        picked[-1] = rng.choice(items.with_other_labels(picked[-1].label))
     rng.shuffle(picked)  # else duplicates, taken last, would always stand last in the prompt
     return Sample(tuple(picked))
 
 
-def _labels_differ(items: list[Item]) -> bool:
-    return any(item.label != items[0].label for item in items)
-
-
-def make_pools(items: list[Item], num_images: int, what: str = "--images") -> dict[Task, list[Item]]:
+def make_pools(items: list[Item], num_images: int, what: str = "--images") -> dict[Task, Pool]:
     """Items by task. Raises DataError when no task has `num_images` of them (`what` names the setting to change)."""
-    pools: dict[Task, list[Item]] = defaultdict(list)
+    pools: dict[Task, Pool] = defaultdict(Pool)
     for item in items:
         pools[item.task].append(item)
     most = max((len(pool) for pool in pools.values()), default=0)

@@ -130,12 +130,12 @@ class Seen:
     def __init__(self, policy: rarl.Policy, count: int):
         self.policy = policy
         self.prompts: dict[tuple[data.Task, int], data.Prompt] = {}  # by number of images: all drawings have one size
-        self.pools: dict[data.Task, list[data.Item]] = {}
+        self.pools: dict[data.Task, data.Pool] = {}
         self.features: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in DATASETS:
                 items = fresh_items(name, 10**8, count)
-                self.pools[items[0].task] = items
+                self.pools[items[0].task] = data.Pool(items)
                 for i in tqdm(range(0, count, 64), desc=f"looking at {name}", mininterval=5, leave=False):
                     some = items[i : i + 64]
                     self.features |= zip((item.name for item in some), see(policy, some), strict=True)
@@ -335,11 +335,11 @@ def examine(policy: rarl.Policy, seen: Seen, prompts: int = 48, answers: int = 8
     """
     head = ["", "valid", "not in prompt order", "tau", "MAE", "std of rewards", "greedy tau", "greedy MAE"]
     rows, wrong = [head], []
-    for task, items in seen.pools.items():
+    for task, pool in seen.pools.items():
         error_at_one = 0.0
         for n in IMAGES:
             rng = random.Random(f"examination {n}")
-            samples = [data.draw_sample({task: items}, n, rng) for _ in range(prompts)]
+            samples = [data.draw_sample({task: pool}, n, rng) for _ in range(prompts)]
             sampled, greedy = (_answered(policy, seen, samples, count) for count in (answers, 1))
             got, best = evaluation.summarize(sampled), evaluation.summarize(greedy)
             moved = mean(float(p["order"] != sorted(p["order"])) for p in sampled if p["order"])

@@ -1,6 +1,7 @@
 """Items, samples, prompts: what the policy is shown must be what the label is about, and nothing of the test set."""
 
 import os
+import random
 
 import numpy as np
 import pytest
@@ -185,3 +186,12 @@ def test_too_few_images_names_the_setting():
         data.Sampler([item(str(i), i) for i in range(5)], (2, 8), 4, seed=0)
     with pytest.raises(data.DataError, match="empty"):
         data.Sampler([], (1,), 4, seed=0)
+
+
+def test_a_pool_is_looked_through_once_however_often_it_is_drawn_from():
+    """All labels alike but the last: each prompt of two gets the odd one, and only the first draw looks for it."""
+    pool = data.Pool(item(str(i), float(i == 20_000)) for i in range(20_001))
+    rng = random.Random(0)
+    assert sorted(data.draw_sample({drawings.DOTS: pool}, 2, rng).labels) == [0, 1]
+    found = pool.with_other_labels(0.0)
+    assert [x.name for x in found] == ["20000"] and pool.with_other_labels(0.0) is found
