@@ -130,7 +130,7 @@ def test_plan_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert longest_prompt(s, read_model(TINY)).S == 8 * 4 * 256
 
 
-def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
+def test_the_table_of_the_page_is_what_is_printed(tmp_path):
     """config.json of the published 3B, as far as sizes go."""
     config = dict(
         model_type="qwen2_5_vl", hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
@@ -140,8 +140,8 @@ def test_the_table_of_the_readme_is_what_is_printed(tmp_path):
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     s = parse_settings(["--preset", "utkface", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"], needed=())
-    readme = (TINY.parent / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(f"    {x}".rstrip() for x in plan_text(s, tmp_path, 80).splitlines()) in readme
+    page = (TINY.parent / "docs/memory.md").read_text(encoding="utf-8")
+    assert "\n".join(f"    {x}".rstrip() for x in plan_text(s, tmp_path, 80).splitlines()) in page
 
 
 @pytest.mark.parametrize(
