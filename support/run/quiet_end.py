@@ -24,16 +24,14 @@ def _usable_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # closed: else the next file that is opened would get its number, and prints of libraries with it
+        except OSError:
+            # It is closed: else the next file that is opened would get its number, and prints of libraries with it.
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a file name may hold letters that ASCII lacks, or bytes that are no text
+        # A file name may hold letters that ASCII lacks, or bytes that are no text.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
