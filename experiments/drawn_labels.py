@@ -19,8 +19,8 @@ from data import Item
 from support.datasets.drawings import DOTS, DRAWN_SIZE, drawn_item, load_drawn
 from support.run.atomic_files import replace_folder
 
-# What train.py is told beside --data csv: the same as of dots.
-AS_DOTS = ["--question", DOTS.question, "--order", DOTS.order, "--delta", str(DOTS.delta)]
+# What train.py is told beside --data csv and --delta: the same as of dots.
+AS_DOTS = ["--question", DOTS.question, "--order", DOTS.order]
 LOWEST, HIGHEST = 1, 20
 RATIO = 0.75  # of the frequency of a number of dots to that of the number before it
 

@@ -94,10 +94,10 @@ def test_rewards_are_those_of_the_answer_s_own_prompt(policy, items, monkeypatch
     # Every answer is right for the sample with its own number, so a mix-up of rows would cost reward.
     stage = make_stage(items, weights=(1, 0, 1))
     samples = stage.sampler.batch(0)
-    off = [0.0, 1.0, 2.0, 3.0]  # delta is 4: rewards 1 - e^2 / 16, and 1 for the format
+    off = [0.0, 0.5, 1.0, 1.5]  # delta is 2: rewards 1 - e^2 / 4, and 1 for the format
     says(monkeypatch, lambda b, g: answer(*((i + 1, label + off[g]) for i, label in enumerate(samples[b].labels))))
     batch = collect(make_learner(policy, rmo_k=0), stage, samples=samples)
-    expected = torch.tensor([[2 - e * e / 16 for e in off]] * 3)
+    expected = torch.tensor([[2 - e * e / 4 for e in off]] * 3)
     assert torch.tensor([r.total for r in batch.rewards]).view(3, G).tolist() == expected.tolist()
     torch.testing.assert_close(batch.advantages, grpo.group_advantages(expected))
 

@@ -60,7 +60,7 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
         "best constant by MAE",
         "prompt order",
     ]
-    assert output.err.splitlines()[:2] == ["reading dots ...", "asked: How many dots are in the image? (delta 4)"]
+    assert output.err.splitlines()[:2] == ["reading dots ...", "asked: How many dots are in the image? (delta 2)"]
     results = json.loads((tmp_path / "new/out/results.json").read_text())
     assert results["hub-id"]["1"]["mae"] == 0 and results["hub-id"]["2"]["mae"] is None
     assert results["prompt order"]["2"]["tau_n"] > 0

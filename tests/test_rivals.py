@@ -85,7 +85,7 @@ def test_a_crossing_has_the_values_of_one_answer_and_the_order_of_another(policy
     assert batch.mutated.view(3, G).tolist() == [[True, False, False, False]] * 3  # "no" earned least
     for b in range(3):
         assert batch.texts[b * G] == at(b, low[b], 1).replace(".0", "")
-        assert batch.rewards[b * G].total == 1 - 1 / 16 + 1 + 1
+        assert batch.rewards[b * G].total == 1 - 1 / 4 + 1 + 1
     # A child that earns no more than what it would replace is none; of answers that are no answers there is no child.
     says(monkeypatch, lambda b, g: at(b, low[b], 9))
     assert not collect(learner, stage, samples=samples).mutated.any()

@@ -223,7 +223,7 @@ def test_the_question_of_a_data_set_that_depends_on_its_labels(tmp_path):
 
 
 def test_what_is_asked_is_said(save):
-    assert describe([drawings.DOTS] * 3, None, "dots") == "asked: How many dots are in the image? (delta 4)"
+    assert describe([drawings.DOTS] * 3, None, "dots") == "asked: How many dots are in the image? (delta 2)"
     assert describe([CATS, COWS], None, "coco") == "asked: 2 questions, such as How many cats? (delta 4)"
     saved = save("dots", [drawings.DOTS])
     assert "trained on dots; the question of dials is new to it" in describe([drawings.DIALS], saved, "dials")

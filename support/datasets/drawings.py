@@ -12,7 +12,7 @@ from data import Item, Task
 CANVAS = 84  # pixels: 6 x 6 patches, 9 tokens
 DRAWN_SIZE = {"train": 2048, "val": 256, "test": 512}
 
-DOTS = Task("dots", "How many dots are in the image?", "from the fewest dots to the most", delta=4)
+DOTS = Task("dots", "How many dots are in the image?", "from the fewest dots to the most", delta=2)
 DIALS = Task(
     "dials", "Which number does the needle point at, from 0 to 20?", "from the lowest reading to the highest", delta=4
 )
