@@ -2,27 +2,38 @@
 nothing.
 
     python -m experiments.rescue
+    python -m experiments.rescue --language-model smollm2
 
-The base is tiny/ after it was taught, by imitation, to answer every question in prose: "I cannot tell.". None of its answers
+The base of the first is tiny/ after it was taught, by imitation, to answer every question in prose: "I cannot tell.". None of its answers
 is valid, all earn 0, so no group has spread and GRPO has no gradient. RMO (k = 1, in every group that is alike and poor) puts
 the true answer among the eight of a group: its advantage is sqrt(7) = 2.65, that of the others -0.38. Once the policy writes the
 format now and then by itself, groups have spread, RMO acts no more, and GRPO goes on alone.
 
-Three seeds each, single images, 25 steps; runs/rescue.txt and runs/rescue.png. A run that is done is not run again, and one that
-was interrupted is resumed. The base is made anew when tiny/ has changed.
+The base of the second is a real language model of 135 M parameters with eyes that were never taught (smollm2.py): it was not made
+for this, nothing was taken from it, and it answers in prose and in JSON of other kinds. It is trained by LoRA, in groups of four,
+without KL (the reference is what it is to get away from).
+
+Three seeds each, single images; runs/rescue.txt and runs/rescue.png, or runs/rescue-smollm2.*: a table, curves, and what the
+first seed answers to the same test images before and after. A run that is done is not run again, and one that was interrupted is
+resumed. The base is made anew when what it is made of has changed.
 """
 
 import support.run.quiet_end  # isort: skip  # noqa: F401
 
+import json
 import shutil
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import data
 import rarl
+from experiments import smollm2
 from experiments.commands import at_least, run_command
-from experiments.runs import ROOT, Trainer, parser_of, plan, read_run
+from experiments.runs import ROOT, Run, Trainer, parser_of, plan, read_run
 from support.datasets import load_dataset
 from support.run.atomic_files import replace_folder
 from support.run.checkpoints import checksum
@@ -30,18 +41,39 @@ from support.show.results import format_table, mean
 
 PROSE = "I cannot tell."
 VARIANTS = {"with RMO": ["--rmo-probability", "1"], "without RMO": ["--rmo-k", "0"]}
-SETTINGS = ["--stage", "1", "--images", "1", "--eval-samples", "100", "--watch-every", "0", "--validate-every", "0"]
+SETTINGS = ["--stage", "1", "--images", "1", "--watch-every", "0", "--validate-every", "0"]
 LEARNED = 0.9  # share of valid answers
 
 Steps = list[dict]  # of one run: the lines of its metrics.jsonl
 
 
-def make_base(tiny: Path, most_steps: int = 300) -> Path:
-    """tiny/ taught to answer in prose, in a folder that is named after its weights. -> that folder"""
-    folder = Path(f"runs/rescue-base-{checksum(tiny / 'model.safetensors'):08x}")
-    if folder.is_dir():
+@dataclass(frozen=True)
+class Base:
+    """A policy that never answers in the asked format, and how it is trained.
+
+    name      of its runs and files        source    the file that it is made of
+    """
+
+    name: str
+    source: Callable[[], Path]
+    make: Callable[[], rarl.Policy]
+    settings: list[str]
+    steps: int
+
+    def folder(self) -> Path:
+        """Where it lies: named after what it is made of, and made if it is not there."""
+        folder = Path(f"runs/{self.name}-base-{checksum(self.source()):08x}")
+        if not folder.is_dir():
+            beside = folder.with_name(folder.name + ".writing")
+            shutil.rmtree(beside, ignore_errors=True)
+            rarl.save_policy(self.make(), beside)
+            replace_folder(beside, folder)
         return folder
-    policy = rarl.load_policy(tiny)
+
+
+def in_prose(most_steps: int = 300) -> rarl.Policy:
+    """tiny/ taught to answer in prose."""
+    policy = rarl.load_policy(ROOT / "tiny")
     policy.model.model.visual.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-4)
     sampler = data.Sampler(load_dataset("dots"), (1,), batch_size=16, seed=0)
@@ -56,11 +88,17 @@ def make_base(tiny: Path, most_steps: int = 300) -> Path:
         optimizer.step()
         if loss < 1e-4:  # then hardly one answer in a thousand is another one
             break
-    beside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    rarl.save_policy(policy, beside)
-    replace_folder(beside, folder)
-    return folder
+    return policy
+
+
+BASES = {
+    "tiny": Base("rescue", lambda: ROOT / "tiny/model.safetensors", in_prose, ["--eval-samples", "100"], 25),
+    "smollm2": Base(
+        "rescue-smollm2", smollm2.gguf_file, smollm2.build_policy,
+        ["--lora-rank", "8", "--lora-targets", "language+vision", "--lr", "2e-3", "--warmup", "3", "--beta", "0",
+         "--batch-size", "4", "--group-size", "4", "--eval-samples", "40"], 12,
+    ),
+}  # fmt: skip
 
 
 def learned_after(steps: Steps) -> str:
@@ -78,6 +116,7 @@ def table(runs: dict[str, list[Steps]]) -> str:
         f"updates until {LEARNED:.0%} are valid": learned_after,
         "valid at last": lambda steps: f"{steps[-1]['format']:.0%}",
         "mutated answers": lambda steps: f"{mean(step['mutated'] for step in steps):.1%}",
+        "largest gradient": lambda steps: f"{max(step['grad_norm'] for step in steps):.2g}",
     }
     rows = [
         [variant, *("  " + ", ".join(map(column, seeds)) for column in columns.values())]
@@ -108,26 +147,47 @@ def picture(runs: dict[str, list[Steps]], path: Path) -> None:
     plt.close(figure)
 
 
+def answers(base: Run, trained: dict[str, Run], few: int = 4) -> str:
+    """What the base and the trained policies say to the same test images, as the greedy answers in the runs' folders."""
+
+    def texts(run: Run, policy: str) -> list[dict]:
+        lines = (run.folder / f"predictions_{policy}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines[:few]]
+
+    said = {"before": texts(base, "base")} | {variant: texts(run, "stage1") for variant, run in trained.items()}
+    lines = []
+    for i, before in enumerate(said["before"]):
+        lines.append(f"{before['labels'][0]:g} in the image")
+        for policy, some in said.items():
+            lines.append(
+                f"  {policy:12} {textwrap.shorten(json.dumps(some[i]['text'])[1:-1], 110, placeholder=' ...')}"
+            )
+    return "\n".join(lines)
+
+
 def rescue(argv: list[str] | None) -> None:
     """Raises CommandError, SettingError, OSError."""
     parser = parser_of("experiments.rescue", "Show that RMO teaches a format that no answer has.")
-    parser.add_argument("--steps", type=at_least(1), default=25, help="steps of each run")
+    parser.add_argument("--language-model", choices=BASES, default="tiny", help="what is to be rescued (default: tiny)")
+    parser.add_argument("--steps", type=at_least(1), help="of each run (default: 25; smollm2: 12)")
     args = parser.parse_args(argv)
-    common = [*SETTINGS, "--model", str(make_base(ROOT / "tiny")), "--steps1", str(args.steps)]
+    base = BASES[args.language_model]
+    common = [*SETTINGS, *base.settings, "--model", str(base.folder()), "--steps1", str(args.steps or base.steps)]
     planned = {
         variant: [
-            plan(f"rescue-{variant.replace(' ', '-')}-{seed}", [*more, *common, "--seed", str(seed)])
+            plan(f"{base.name}-{variant.replace(' ', '-')}-{seed}", [*more, *common, "--seed", str(seed)])
             for seed in sorted(set(args.seeds))
         ]
         for variant, more in VARIANTS.items()
     }
     Trainer().train_all([run for some in planned.values() for run in some], args.jobs)
     runs = {variant: [read_run(run).steps[1] for run in some] for variant, some in planned.items()}
-    text = table(runs)
+    first = {variant: some[0] for variant, some in planned.items()}
+    text = f"{table(runs)}\n\n{answers(first['with RMO'], first)}"
     print(text)
-    Path("runs/rescue.txt").write_text(text + "\n", encoding="utf-8")
-    picture(runs, Path("runs/rescue.png"))
-    print("wrote runs/rescue.txt and .png")
+    Path(f"runs/{base.name}.txt").write_text(text + "\n", encoding="utf-8")
+    picture(runs, Path(f"runs/{base.name}.png"))
+    print(f"wrote runs/{base.name}.txt and .png")
 
 
 def main(argv: list[str] | None = None) -> None:
