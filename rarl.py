@@ -241,6 +241,8 @@ def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] 
     config = copy.deepcopy(policy.model.config)
     config.dtype = config.text_config.dtype = config.vision_config.dtype = written
     config.save_pretrained(path)
+    for file in Path(path).glob("*.safetensors"):  # safetensors makes them readable for their owner alone
+        file.chmod((Path(path) / "config.json").stat().st_mode)
     policy.tokenizer.save_pretrained(path)
     policy.image_processor.save_pretrained(path)
 

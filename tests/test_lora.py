@@ -148,6 +148,7 @@ def test_merged_equals_unmerged(policy_folder, prompts, answers):
 def test_peft_loads_what_is_saved_here(policy, policy_folder, prompts, tmp_path):
     ours = adapted(policy_folder)
     lora.save_adapter(ours.model, tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1, "who may read one file may read them all"
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(policy_folder, dtype=torch.float32)
     plain = logits(base, ours, prompts)
     theirs = logits(peft.PeftModel.from_pretrained(base, tmp_path), ours, prompts)

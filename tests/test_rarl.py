@@ -428,6 +428,7 @@ def test_saved_policy_loads_with_transformers_alone(policy, prompts, tmp_path):
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     rarl.save_policy(policy, tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1, "who may read one file may read them all"
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == policy.tokenizer.chat_template

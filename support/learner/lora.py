@@ -170,6 +170,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     # One entry alone: safetensors writes several in any order, and the same adapter should be the same file.
     save_file(weights, Path(path) / WEIGHTS, {"base": fingerprint(model)})
     (Path(path) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # safetensors makes its file readable for its owner alone.
+    (Path(path) / WEIGHTS).chmod((Path(path) / CONFIG).stat().st_mode)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def what_was_learned(results: Results) -> str:
     errors, blind = (_change(results, names, "mae", numbers) for names in ((first, last), (BLIND_VALUE,)))
     said = [
         f"From {first} to {last}, the mean error of the values went from {errors[0]} to {errors[1]} at "
-        f"{' / '.join(map(str, numbers))} images in a prompt; the best constant errs by {blind[0]}."
+        f"{' / '.join(map(str, numbers))} image{'s' * (numbers != [1])} in a prompt; the best constant errs by {blind[0]}."
     ]
     several = [n for n in numbers if n > 1]
     if several:
