@@ -33,6 +33,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,12 @@ def tau_of_values(values: Numbers, labels: Numbers) -> float:
     return float(agreement / untied_labels) if untied_labels else math.nan
 
 
+def contradicts(order: Sequence[int], values: Numbers) -> bool:
+    """Whether a list is not in the order of its own values. order: image ids as listed; values: of image 1..n."""
+    listed = [values[image_id - 1] for image_id in order]
+    return any(first > second for first, second in pairwise(listed))
+
+
 def _agreement(values: Numbers, labels: Numbers) -> tuple[float, float, float]:
     """Over all ordered pairs of images: (concordant - discordant, pairs untied in values, pairs untied in labels)."""
     values, labels = _pair(values, labels)
@@ -148,6 +155,7 @@ def summarize(predictions: Sequence[dict]) -> dict[str, float]:
                 labels have none and are left out, so it is nan at one image
     tau_values  the same of the order that the values imply
     tau_n       prompts that these two rest on
+    contradict  share of valid answers whose list and values contradict each other: a lower value stands behind a higher one
     mae, accuracy, srcc, plcc, tau_b   over all (value, label) pairs of valid answers
 
     Undefined metrics are nan. The labels should share a unit: a mean of years and counts says nothing.
@@ -168,6 +176,7 @@ def summarize(predictions: Sequence[dict]) -> dict[str, float]:
         "tau": mean([p["tau"] for p in valid]),
         "tau_values": mean([p["tau_values"] for p in valid]),
         "tau_n": sum(p["tau"] is not None for p in valid),
+        "contradict": mean([float(contradicts(p["order"], p["values"])) for p in valid if len(p["order"]) > 1]),
         "tau_b": tau_b(values, labels),
     }
 

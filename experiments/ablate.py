@@ -7,14 +7,16 @@
 and questions that the summaries of the paper ask or leave open:
 
     python -m experiments.ablate rmo_unseen      # RMO and its rivals on a question that the base has never seen
-    python -m experiments.ablate rmo_default     # RMO on and off with the default reward
+    python -m experiments.ablate rmo_default     # the same where groups differ by themselves
     python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
-    python -m experiments.ablate rmo_source      # good answers: the truth, earlier values, a crossing of two answers
+    python -m experiments.ablate rmo_source      # good answers: the truth, earlier values
+    python -m experiments.ablate rank            # R_rank of the listed order, of the values' order, of both
     python -m experiments.ablate advantage       # how rewards become advantages; mean over answers or tokens
     python -m experiments.ablate transfer        # trained on dots, evaluated on dials, and the other way round
     python -m experiments.ablate delta           # tolerance of R_reg; delta_skewed: where few dots are frequent
     python -m experiments.ablate balance         # labels that are skewed, as they are and drawn evenly
-    python -m experiments.ablate weights         # weight of R_rank; weights_skewed
+    python -m experiments.ablate ccc             # the same by a reward that knows the batch
+    python -m experiments.ablate weights         # weight of R_rank
     python -m experiments.ablate noise           # joint against ranking only, from exact to very noisy labels
     python -m experiments.ablate all --jobs 2    # all of them, in about three hours on 2 cores (OMP_NUM_THREADS=1)
 
@@ -73,6 +75,7 @@ TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: mo
 UNSEEN = ["--question", "Count the spots.", "--order", "by number of spots, fewest first"]
 DIALS = ["--data", "dials"]
 ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
+ONE_IMAGE = ["--steps1", "40", "--steps2", "0", "--images", "1"]
 
 
 def labelled(name: str) -> list[str]:
@@ -80,14 +83,23 @@ def labelled(name: str) -> list[str]:
     return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *drawn_labels.AS_DOTS]
 
 
+SHORT = ["--steps1", "0", "--steps2", "40", "--images", "1", "2"]
+EVERY_GROUP = ["--rmo-probability", "1", "--rmo-spread", "1", "--rmo-poor", "1"]
+
+
 def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
     """What helps where the answers of a group are all alike; see rivals.py.
 
     All have the same steps. Dynamic sampling asks for up to three times as many answers in one (`redrawn` says how many).
     """
+    start = [*SHORT, *start]
     return {
-        "RMO": start,
         "nothing": [*start, *NO_RMO],
+        "RMO": start,
+        "RMO outside the mean": Variant(start, "outside"),
+        "RMO in every group": [*start, *EVERY_GROUP],
+        "every group, outside": Variant([*start, *EVERY_GROUP], "outside"),
+        "OraRL": Variant([*start, *NO_RMO], "orarl"),
         "dynamic sampling": Variant([*start, *NO_RMO], "dynamic-sampling"),
         "NGRPO": Variant([*start, *NO_RMO], "ngrpo"),
     }
@@ -102,19 +114,22 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     },
     "rmo": rmo_and_rivals(TIGHT),
     "rmo_unseen": rmo_and_rivals(UNSEEN),
-    "rmo_default": {"RMO": [], "nothing": NO_RMO},
+    "rmo_default": {
+        "nothing": [*SHORT, *NO_RMO],
+        "RMO": SHORT,
+        "every group, outside": Variant([*SHORT, *EVERY_GROUP], "outside"),
+        "OraRL": Variant([*SHORT, *NO_RMO], "orarl"),
+        "OraRL, half": Variant([*SHORT, *NO_RMO], "orarl-half"),
+    },
     "rmo_k": {f"k = {k}": ["--delta", "1", "--rmo-k", str(k)] for k in (0, 1, 2, 4)},
     "rmo_source": {
         "truth": TIGHT,
         "history": [*TIGHT, "--rmo-source", "history"],
-        "crossed": Variant(TIGHT, "crossed"),
     },
     "advantage": {
         "GRPO": [],
         "Dr. GRPO": Variant(rival="dr-grpo"),
-        "batch std": Variant(rival="batch-std"),
         "GDPO": Variant(rival="gdpo"),
-        "CoRPO": Variant(rival="corpo"),
         "token mean": ["--normalize", "token"],
     },
     "transfer": {
@@ -126,8 +141,17 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     "delta": {f"delta {d}": ["--delta", str(d)] for d in (1, 2, 4, 8)},
     "delta_skewed": {f"delta {d}": [*labelled("dots-skewed"), "--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.1, 0.3, 1, 3, 10)},
-    "weights_skewed": {f"rank x {w}": [*labelled("dots-skewed"), "--w-rank", str(w)] for w in (0.1, 1, 10)},
+    "rank": {
+        "of the list": SHORT,
+        "of the values": Variant(SHORT, "rank-values"),
+        "mean of both": Variant(SHORT, "rank-both"),
+    },
     "balance": {"labels as they are": labelled("dots-skewed"), "drawn evenly": [*labelled("dots-skewed"), "--balance"]},
+    "ccc": {
+        "R_reg": [*ONE_IMAGE, *labelled("dots-skewed")],
+        "R_reg, drawn evenly": [*ONE_IMAGE, *labelled("dots-skewed"), "--balance"],
+        "CCC": Variant([*ONE_IMAGE, *labelled("dots-skewed")], "ccc"),
+    },
     "stages": {"two": [], "one": ONE_STAGE},
     "noise": {
         f"{name}, noise {std}": [*(labelled(f"dots-noise-{std}") if std else []), *reward]

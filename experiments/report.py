@@ -83,7 +83,7 @@ def reference_rows(variants: Variants) -> Iterator[tuple[str, Row]]:
 
 def columns(variants: Variants) -> list[str]:
     """Of every run together, as one may have more numbers of images: valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ..."""
-    kinds = [*BARS, *STEPS]
+    kinds = [*BARS, "contradict", "steps to 90 %", *STEPS]
     names = {name for seeds in variants.values() for _, outcome in seeds for name in outcome.row}
     return sorted(names, key=lambda name: (kinds.index(name.split("@")[0]), int(name.partition("@")[2] or 0)))
 

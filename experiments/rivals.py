@@ -3,34 +3,41 @@
     python -m experiments.rivals imitation --beta 0 --name imitation      # what stands behind the name goes to train.py
     python -m experiments.rivals dynamic-sampling --rmo-k 0
 
+    rarl              the method itself
     imitation         the true answer in the place of sampled ones: supervised fine-tuning
     dynamic-sampling  other prompts in the place of those whose answers all earn the same: DAPO (arXiv 2503.14476)
-    crossed           RMO's good answer has the values of one answer of the group in the order of another
     dr-grpo           the group's std does not divide: Dr. GRPO (arXiv 2503.20783; its other part is left out)
-    batch-std         the std of the whole batch divides, not the group's
     gdpo              each weighted reward is standardised by itself, then they are summed: GDPO (the last step of TRL's
                       normalize_then_sum, over the batch, is left out)
     ngrpo             mean and std are also over the best possible reward, so a group of equal, poor answers is pushed away
                       from them: NGRPO (arXiv 2509.18851; its other parts are left out)
-    corpo             the baseline is at least what a poor answer earns, and no std divides: CoRPO (arXiv 2511.04439)
+    outside           RMO, but its good answer is outside the mean and the std that the sampled ones are compared with
+    orarl             the true answer is one more row of every group and never in its mean: OraRL (arXiv 2608.20492)
+    orarl-half        the same, and the update takes half of each group, as many good answers as poor ones
+    ccc               in the place of R_reg the concordance of a prompt's values with the whole batch's (arXiv 2605.01402)
+    rank-values       R_rank is of the order that the values imply, not of the list
+    rank-both         R_rank is the mean of both
 
-Prompts, steps, optimizer and evaluation are train.py's. Shapes: B prompts, G answers each, N = B*G; (B, G) is one number for
-each answer.
+Prompts, steps, optimizer and evaluation are train.py's; metrics.jsonl has one more number, `inverted` (see `numbers`).
+Shapes: B prompts, G answers each, N = B*G; (B, G) is one number for each answer.
 """
 
 import support.run.quiet_end  # isort: skip  # noqa: F401
 
 import argparse
+import math
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import data
+import eval as evaluation
 import grpo
 import rarl
 import reward
@@ -39,11 +46,11 @@ import train
 from experiments.lessons import answers_of
 from support.learner.learner import Learner
 from support.learner.stage import Batch, Stage
-from support.run.settings import Settings
 from support.show import monitor
 
 # The method's own functions: main() puts others in their places.
-standard_collect, standard_numbers = train.collect, monitor.rollout_numbers
+standard_collect, standard_update = train.collect, train.update
+standard_reward, standard_numbers = Stage.reward, monitor.rollout_numbers
 
 # --------------------------------------------------------------------------------------------------------------------
 # Other advantages, in the place of grpo.group_advantages
@@ -59,11 +66,6 @@ def dr_grpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     return totals - totals.mean(1, keepdim=True)
 
 
-def batch_std(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
-    everything = torch.cat(learner.world.gather(totals_of(batch)))  # of all processes, so that N take the step of one
-    return dr_grpo(learner, stage, batch) / (everything.std(correction=0) + 1e-4)
-
-
 def gdpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     w = stage.weights
     parts = torch.tensor([r[:3] for r in batch.rewards], dtype=torch.float64).T  # (3, N): format, regression, ranking
@@ -77,9 +79,74 @@ def ngrpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     return grpo.group_advantages(with_best)[:, :-1]
 
 
-def corpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+def outside(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+    """Sampled answers are compared with each other alone; a mutated one keeps the advantage, and so the pull, that RMO gives it."""
+    advantages, totals = batch.advantages.clone(), totals_of(batch)
+    for b, mutated in enumerate(batch.mutated.view_as(advantages)):
+        advantages[b, ~mutated] = grpo.group_advantages(totals[b, ~mutated][None])[0].float()
+    return advantages
+
+
+# OraRL leaves these to whoever trains; ours. MOST is the paper's.
+GAMMA, SCALE, MOST = 1.0, 1.0, 4.0
+
+
+def orarl(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+    """Of sampled answers: r - mean; what is above it grows with the std that the true answer would add; centred again.
+
+    a = r - mean(r);  a = a * min(4, max(1, (std with the truth / std)^gamma)) where a > 0;  A = a - mean(a)
+    """
     totals = totals_of(batch)
-    return totals - totals.mean(1, keepdim=True).clamp(min=learner.settings.rmo_poor * batch.max_reward)
+    above = totals - totals.mean(1, keepdim=True)
+    with_truth = torch.cat([totals, torch.full_like(totals[:, :1], batch.max_reward)], 1)  # (B, G + 1)
+    std, wider = (x.std(1, correction=0, keepdim=True) for x in (totals, with_truth))
+    gain = (wider / std.clamp(min=1e-4)).pow(GAMMA).clamp(1, MOST)
+    above = torch.where(above > 0, above * gain, above)
+    return above - above.mean(1, keepdim=True)
+
+
+def pull_of_truth(batch: Batch) -> Tensor:
+    """(B, 1) OraRL's advantage of the true answer: scale * clip((r_truth - mean) / r_truth, 0, 1)^2. It fades as answers get good."""
+    missing = 1 - totals_of(batch).mean(1, keepdim=True) / batch.max_reward
+    return SCALE * missing.clamp(0, 1) ** 2
+
+
+def ccc(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+    """R_reg is (1 + CCC) / 2 of an answer's values among those of the whole batch: 2 cov / (var + var + (difference of means)^2).
+
+    The pairs (value, label) are those of the answer for its own images, and for the images of all other prompts, of all processes,
+    the mean over the valid answers. How several images share a prompt, and the scale, are ours.
+    """
+    answers = batch.groups([r.answer for r in batch.rewards])
+    means: list[list[tuple[float, float]]] = []  # of each prompt, for each of its images
+    for sample, group in zip(batch.samples, answers, strict=True):
+        said = defaultdict(list)
+        for image, value in (pair for answer in group for pair in answer or ()):
+            said[image].append(value)
+        means.append([(sum(values) / len(values), sample.labels[i - 1]) for i, values in said.items()])
+    elsewhere = [pair for rank, theirs in enumerate(learner.world.gather(means)) for some in theirs for pair in some
+                 if rank != learner.world.rank]  # fmt: skip
+    totals, w = totals_of(batch), stage.weights
+    for b, (sample, group) in enumerate(zip(batch.samples, answers, strict=True)):
+        others = elsewhere + [pair for i, some in enumerate(means) if i != b for pair in some]
+        for g, answer in enumerate(group):
+            if answer:
+                own = [(value, sample.labels[image - 1]) for image, value in answer]
+                earned = (1 + concordance([*own, *others])) / 2
+                totals[b, g] += w.w_reg * (earned - batch.groups(batch.rewards)[b][g].regression)
+    return grpo.group_advantages(totals)
+
+
+def concordance(pairs: list[tuple[float, float]]) -> float:
+    """Lin's concordance correlation coefficient, in [-1, 1]; 1 where both sides are the same constant.
+
+    >>> concordance([(1, 1), (3, 5)])  # means 2 and 3, variances 1 and 4, covariance 2: 2 * 2 / (1 + 4 + 1)
+    0.6666666666666666
+    """
+    x, y = torch.tensor(pairs, dtype=torch.float64).T
+    x_mean, y_mean = x.mean(), y.mean()
+    apart = x.var(correction=0) + y.var(correction=0) + (x_mean - y_mean) ** 2
+    return float(2 * ((x - x_mean) * (y - y_mean)).mean() / apart) if apart else 1.0
 
 
 def with_advantages(advantages: Callable[[Learner, Stage, Batch], Tensor]) -> Callable[..., Batch]:
@@ -91,6 +158,59 @@ def with_advantages(advantages: Callable[[Learner, Stage, Batch], Tensor]) -> Ca
         return batch
 
     return collect
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other updates
+
+
+def update_with_truth(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
+    """In the place of train.update: the true answer is one more row of every group."""
+    texts = [data.reference_answer(sample) for sample in batch.samples]
+    ids, mask = (x.to(batch.ids.device) for x in answers_of(learner.policy, texts))  # (B, T) each
+    truth = rarl.Rollout(ids, mask, torch.zeros(ids.shape, device=ids.device))
+    sampled = rarl.Rollout(batch.ids, batch.mask, batch.sampled_logp)
+    both = rarl.concatenate([sampled, truth], learner.policy.eos_id)
+    B, G = batch.advantages.shape
+    rows = torch.cat([torch.arange(B * G).view(B, G), torch.arange(B * G, B * G + B)[:, None]], 1).flatten()
+    mutated = torch.cat([batch.mutated, torch.ones(B, dtype=torch.bool)])
+    advantages = torch.cat([batch.advantages, pull_of_truth(batch).float()], 1)  # (B, G + 1)
+    wide = Batch(batch.prompts, both.ids[rows], both.mask[rows], both.logp[rows], mutated[rows], advantages)
+    return standard_update(learner, optimizer, wide)
+
+
+def update_half_with_truth(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
+    """The same of the G/4 answers of each group with the highest and the G/4 with the lowest advantages."""
+    B, G = batch.advantages.shape
+    order, few = batch.advantages.argsort(dim=1, stable=True), max(1, G // 4)
+    kept = torch.cat([order[:, :few], order[:, -few:]], 1)  # (B, G/2)
+    rows = (torch.arange(B)[:, None] * G + kept).flatten()
+    rewards = [batch.rewards[row] for row in rows.tolist()]
+    return update_with_truth(learner, optimizer, replace(
+        batch, ids=batch.ids[rows], mask=batch.mask[rows], sampled_logp=batch.sampled_logp[rows], mutated=batch.mutated[rows],
+        advantages=batch.advantages.gather(1, kept), rewards=rewards,
+    ))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other rewards
+
+
+def ranked_by_values(share: float) -> Callable[..., reward.Reward]:
+    """Stage.reward, with this share of R_rank from the order that the values imply, the rest from the list."""
+
+    def score(stage: Stage, text: str, sample: data.Sample) -> reward.Reward:
+        usual, w = standard_reward(stage, text, sample), stage.weights
+        if usual.answer is None or len(sample.items) == 1:
+            return usual
+        tau = evaluation.tau_of_values([value for _, value in sorted(usual.answer)], sample.labels)
+        ranking = (1 - share) * usual.ranking + share * (1.0 if math.isnan(tau) else (1 + tau) / 2)
+        total = w.w_reg * usual.regression + w.w_rank * ranking + w.w_format * usual.format
+        changed = reward.Reward(usual.format, usual.regression, ranking, total)
+        changed.answer = usual.answer
+        return changed
+
+    return score
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -113,24 +233,6 @@ def imitate(learner: Learner, stage: Stage, step: int, samples: list, prompts: l
     )  # fmt: skip
 
 
-def crossed_references(
-    s: Settings, stage: Stage, sample: data.Sample, history: rmo.History, group: list[reward.Reward]
-) -> list[str]:
-    """In the place of train.references_for: the values of one answer of the group in the order of another.
-
-    An answer holds both, they are scored apart, and so the child earns the R_reg of the one and the R_rank of the other. It
-    is used if it earns more than what it would replace.
-    """
-    valid = [(r, r.answer) for r in group if r.answer]
-    if not valid:
-        return []
-    _, best_values = max(valid, key=lambda pair: pair[0].regression)
-    _, best_order = max(valid, key=lambda pair: pair[0].ranking)
-    text = data.format_answer((image, f"{dict(best_values)[image]:.12g}") for image, _ in best_order)
-    replaced = sorted(r.total for r in group)[: s.rmo_k]
-    return [text] if stage.reward(text, sample).total > max(replaced, default=0.0) else []
-
-
 TRIES = 2  # times that a prompt is drawn anew; what is still alike then stays
 
 
@@ -150,7 +252,7 @@ def collect_with_spread(
     keys, sampler, n = learner.random_keys(stage.number, step, len(samples)), stage.sampler, len(samples[0].items)
     for attempt in range(1, TRIES + 1):
         groups = batch.groups([r.total for r in batch.sampled_rewards])
-        alike = [b for b, totals in enumerate(groups) if len(set(totals)) == 1]
+        alike = [b for b, totals in enumerate(groups) if max(totals) - min(totals) <= monitor.SAME]
         if not alike:
             break
         rngs = [random.Random(repr(("redrawn", attempt, keys[b]))) for b in alike]
@@ -185,21 +287,37 @@ def replaced(batch: Batch, new: Batch, places: list[int], filler: int) -> Batch:
     )  # fmt: skip
 
 
-def numbers_with_redrawn(batch: RedrawnBatch) -> dict[str, list]:
-    """In the place of monitor.rollout_numbers, with `redrawn`: prompts drawn anew, per prompt of the step."""
-    return standard_numbers(batch) | {"redrawn": [batch.redrawn / len(batch.samples)]}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 
-ADVANTAGES = {"dr-grpo": dr_grpo, "batch-std": batch_std, "gdpo": gdpo, "ngrpo": ngrpo, "corpo": corpo}
+
+def numbers(batch: Batch) -> dict[str, list]:
+    """In the place of monitor.rollout_numbers, with `inverted`: the share of sampled answers that earn more than the mean of their
+    group's sampled ones and yet have a negative advantage. And `redrawn`: prompts drawn anew, per prompt of the step."""
+    totals = torch.tensor([r.total for r in batch.sampled_rewards], dtype=torch.float64).view_as(batch.advantages)
+    better = (totals > totals.mean(1, keepdim=True) + monitor.SAME).flatten()
+    inverted = better & ~batch.mutated & (batch.advantages.flatten() < 0)
+    redrawn = {"redrawn": [batch.redrawn / len(batch.samples)]} if isinstance(batch, RedrawnBatch) else {}
+    return standard_numbers(batch) | {"inverted": inverted.tolist()} | redrawn
+
+
+def advantages(function: Callable[[Learner, Stage, Batch], Tensor]) -> tuple[Any, str, Callable]:
+    return train, "collect", with_advantages(function)
+
 
 # name -> what it replaces: (module, name of the function, the function that takes its place)
 RIVALS: dict[str, list[tuple[Any, str, Callable]]] = {
+    "rarl": [],
     "imitation": [(train, "collect", imitate)],
-    "dynamic-sampling": [(train, "collect", collect_with_spread), (monitor, "rollout_numbers", numbers_with_redrawn)],
-    "crossed": [(train, "references_for", crossed_references)],
-    **{name: [(train, "collect", with_advantages(function))] for name, function in ADVANTAGES.items()},
+    "dynamic-sampling": [(train, "collect", collect_with_spread)],
+    "dr-grpo": [advantages(dr_grpo)],
+    "gdpo": [advantages(gdpo)],
+    "ngrpo": [advantages(ngrpo)],
+    "outside": [advantages(outside)],
+    "orarl": [advantages(orarl), (train, "update", update_with_truth)],
+    "orarl-half": [advantages(orarl), (train, "update", update_half_with_truth)],
+    "ccc": [advantages(ccc)],
+    "rank-values": [(Stage, "reward", ranked_by_values(1.0))],
+    "rank-both": [(Stage, "reward", ranked_by_values(0.5))],
 }
 
 
@@ -207,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="experiments.rivals", description="Train with a rival of the method.")
     parser.add_argument("rival", choices=RIVALS, help="see the top of experiments/rivals.py")
     argv = sys.argv[1:] if argv is None else argv
-    for module, name, function in RIVALS[parser.parse_args(argv[:1]).rival]:
+    for module, name, function in [(monitor, "rollout_numbers", numbers), *RIVALS[parser.parse_args(argv[:1]).rival]]:
         setattr(module, name, function)
     train.main(argv[1:])
 

@@ -24,7 +24,8 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 
 # What is shown of the training steps: title -> key in metrics.jsonl
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
-         "mutated": "mutated", "redrawn": "redrawn"}  # fmt: skip
+         "mutated": "mutated", "redrawn": "redrawn", "inverted": "inverted"}  # fmt: skip
+LEARNED = 0.9  # of the sampled answers have the format
 
 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
@@ -138,8 +139,7 @@ class Trainer:
     def train_unless_done(self, run: Run) -> None:
         if not run.is_done():
             resume = ["--resume"] if run.is_begun() else []
-            program = ["experiments/rivals.py", run.rival] if run.rival else ["train.py"]
-            self.call(run, [*program, *run.arguments, *resume], log_mode="w")
+            self.call(run, ["experiments/rivals.py", run.rival or "rarl", *run.arguments, *resume], log_mode="w")
 
     def evaluate(self, run: Run) -> None:
         s = run.settings
@@ -200,9 +200,22 @@ def held_out(rows: dict[str, dict]) -> Row:
     """Number of images -> metrics of one policy, as one row. Valid is that of the worst number of images."""
     row = {"valid": min(number(r["valid"]) for r in rows.values())}
     row |= {f"MAE@{n}": number(r["mae"]) for n, r in rows.items()}
-    for metric in ("tau", "tau_values"):
-        row |= {f"{metric}@{n}": number(r[metric]) for n, r in rows.items() if n != "1"}  # one image has no order
+    for metric in ("tau", "tau_values", "contradict"):
+        row |= {f"{metric}@{n}": number(r.get(metric)) for n, r in rows.items() if n != "1"}  # one image has no order
     return row
+
+
+def steps_until_learned(logs: list[dict]) -> float:
+    """Steps before the first one with LEARNED of the format, at the number of images that takes longest; nan: never.
+
+    >>> logs = [{"images": 1, "format": 1.0}, {"images": 2, "format": 0.5}, {"images": 2, "format": 0.95}]
+    >>> steps_until_learned(logs), steps_until_learned(logs[:2])
+    (2.0, nan)
+    """
+    learned = lambda log, n: log.get("images") == n and (log.get("format") or 0) >= LEARNED
+    numbers = {log.get("images") for log in logs}
+    first = [next((i for i, log in enumerate(logs) if learned(log, n)), math.nan) for n in numbers]
+    return math.nan if any(map(math.isnan, first)) else float(max(first))
 
 
 def read_run(run: Run) -> Outcome:
@@ -217,11 +230,12 @@ def read_run(run: Run) -> Outcome:
         file, redo = run.folder / "metrics.jsonl", "trained"
         logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if run.rival == "imitation":  # it has no groups of answers
-            logs = [log | dict.fromkeys(("advantage_var", "zero_spread", "mutated")) for log in logs]
+            logs = [log | dict.fromkeys(("advantage_var", "zero_spread", "mutated", "inverted")) for log in logs]
         steps = {stage: [log for log in logs if log["stage"] == stage] for stage in run.stages}
         if {stage: len(of) for stage, of in steps.items()} != run.stages:
             raise ValueError(f"it should have {run.steps} steps")
         row |= {title: mean(log.get(key) for log in logs) for title, key in STEPS.items()}
+        row["steps to 90 %"] = steps_until_learned(logs)
         return Outcome(row, base, blind, steps)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -87,9 +87,22 @@ def test_a_row_is_read_from_the_last_stage_and_the_steps(here):
         "entropy": (1 + 2 + 4 + 2 + 7) / 5,
         "mutated": (0.5 + 0.5) / 6,
     }
-    assert set(read.row) - set(known) == {"grad norm", "Var(A)", "zero spread", "redrawn"}  # not measured is not 0
+    assert set(read.row) - set(known) == {
+        "grad norm",
+        "Var(A)",
+        "zero spread",
+        "redrawn",
+        "inverted",
+        "contradict@2",
+        "steps to 90 %",
+    }  # not measured is not 0
     assert read.base["MAE@2"] == 4.0 and read.base["tau@2"] == 0.125
     assert read.blind == {"MAE@1": 5.0, "MAE@2": 6.0, "tau@2": -0.25}
+
+
+def test_learned_is_when_the_slowest_number_of_images_first_has_the_format():
+    logs = [{"images": n, "format": x} for n, x in ((1, 0.95), (2, 0.0), (1, 0.5), (2, 0.89), (1, 1.0), (2, 0.9))]
+    assert runs.steps_until_learned(logs) == 5 and math.isnan(runs.steps_until_learned(logs[:5]))
 
 
 def test_imitation_has_no_groups_of_answers(here):
@@ -265,8 +278,8 @@ def fake_programs(folder, monkeypatch, train="", evaluation=""):
 
 def test_done_is_left_begun_is_resumed_and_other_settings_start_anew(here, monkeypatch):
     fake_programs(here, monkeypatch)
-    run = ablate.plan_run("rmo", "nothing", 3, ["--steps1", "7"])
-    assert run.name == "ablate-steps1-7-group-size-4-delta-1-0-rmo-k-0-seed-3"
+    run = ablate.plan_run("rmo_k", "k = 0", 3, ["--steps1", "7"])
+    assert run.name == "ablate-steps1-7-delta-1-0-rmo-k-0-seed-3"
     assert run.settings.rmo_k == 0 and run.settings.steps1 == 7
     log = here / "runs" / f"{run.name}.log"
 
@@ -310,7 +323,7 @@ def test_a_shared_run_is_trained_once_and_evaluated_elsewhere_once(here, monkeyp
     folder, log = f"runs/{planned[0].name}", here / "runs" / f"{planned[0].name}.log"
     runs.Trainer().train_all(planned, jobs=2)
     train, evaluation = (ast.literal_eval(line) for line in log.read_text().splitlines())
-    assert train[0].endswith("train.py") and "--data" not in train
+    assert train[0].endswith("rivals.py") and train[1] == "rarl" and "--data" not in train
     assert evaluation[0].endswith("eval.py")
     assert " ".join(evaluation[1:]) == (
         f"--model {folder}/stage2 --data dials --seed 0 --images 1 2 4 --samples 7 --device cpu --batch-size 64 "
@@ -338,10 +351,8 @@ def test_an_evaluation_that_fails_is_named(here, monkeypatch):
 def test_a_run_that_fails_stops_the_others(here, monkeypatch):
     wait = "import time\nif sys.argv[sys.argv.index('--seed') + 1] == '1': sys.exit('train.py: no such luck')\ntime.sleep(20)"
     fake_programs(here, monkeypatch, wait)
-    planned = [ablate.plan_run("rmo", "RMO", seed, []) for seed in (0, 1, 2, 3)]
-    with pytest.raises(
-        CommandError, match="seed-1 failed .*no such luck.* see runs/ablate-group-size-4-delta-1-0-seed-1.log"
-    ):
+    planned = [ablate.plan_run("rmo_k", "k = 1", seed, []) for seed in (0, 1, 2, 3)]
+    with pytest.raises(CommandError, match="seed-1 failed .*no such luck.* see runs/ablate-delta-1-0-seed-1.log"):
         runs.Trainer().train_all(planned, jobs=2)
     assert not (here / "runs" / f"{planned[3].name}.log").exists()
 

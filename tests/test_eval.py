@@ -118,6 +118,7 @@ def test_summary_by_hand(policy):
         "tau": pytest.approx((1 / 3 - 1) / 2),
         "tau_values": 1,  # 8, 3, 5 and 4.4, 9 stand as their labels do
         "tau_n": 2,
+        "contradict": 2 / 3,  # of a1 and b1, whose lists put 8 before 5 and 9 before 4.4; not of c1
         "tau_b": pytest.approx(stats.kendalltau(values, labels).statistic),
     }
     assert predictions[0] == {

@@ -1,12 +1,16 @@
 """experiments/rivals.py: each rival by hand, and that an unknown one is an error."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from small_data import item
 from test_collect import CPU, G, answer, collect, items, make_learner, make_stage, says  # noqa: F401
 
 import data
+import grpo
 import rarl
 import reward
 import train
@@ -49,17 +53,93 @@ def test_advantages_by_hand(policy):
     ngrpo = advantages(policy, "ngrpo", rewards)
     torch.testing.assert_close(ngrpo, torch.full((1, 2), -math.sqrt(0.5)), atol=1e-3, rtol=0)
     assert advantages(policy, "ngrpo", rewards, w_rank=0.0).tolist() == [[0.0, 0.0]]  # 2 is then the most that there is
-    # The best possible is 3 and poor is up to 0.8 of it, 2.4: that is the baseline of two answers that earn 2.
-    torch.testing.assert_close(advantages(policy, "corpo", rewards, rmo_poor=0.8), torch.full((1, 2), -0.4))
-    assert advantages(policy, "corpo", rewards, rmo_poor=0.5).tolist() == [[0.0, 0.0]]
+    # OraRL: 1 and 2 have the mean 3/2 and the std 1/2, with the truth's 3 the std sqrt(2/3). So 1/2 becomes sqrt(2/3), and the mean
+    # of -1/2 and sqrt(2/3), is taken off. 0 and 0.1 would grow 28 times, which is cut to 4: -0.05 and 0.2, less their mean.
+    rewards = [reward.Reward(0.0, 0.0, 0.0, total) for total in (1.0, 2.0, 0.0, 0.1, 2.0, 2.0)]
+    half = (math.sqrt(2 / 3) + 0.5) / 2
+    expected = torch.tensor([[-half, half], [-0.125, 0.125], [0.0, 0.0]])
+    torch.testing.assert_close(advantages(policy, "orarl", rewards), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("world", [CPU, two(torch.tensor([[0.0, 8.0]], dtype=torch.float64))])
-def test_the_batch_s_std_is_over_all_processes(policy, world):
-    rewards = [reward.Reward(0.0, 0.0, 0.0, total) for total in (1.0, 3.0, 2.0, 2.0)]
-    everything = torch.tensor([1.0, 3.0, 2.0, 2.0] + ([0.0, 8.0] if world.size == 2 else []))
-    expected = torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / everything.std(correction=0)
-    torch.testing.assert_close(advantages(policy, "batch_std", rewards, world), expected, atol=1e-3, rtol=0)
+def by_hand(rewards, sampled=None, mutated=None, answers=None, labels=((1,),)):
+    """A batch of these rewards, (B, G)."""
+    B, G = len(rewards), len(rewards[0])
+    totals = [total for group in rewards for total in group]
+    scored = [reward.Reward(1.0, 0.0, 0.0, total) for total in totals]
+    for r, read in zip(scored, answers or [None] * B * G, strict=True):
+        r.answer = read
+    N = B * G
+    return Batch([], torch.zeros(N, 1), torch.ones(N, 1), torch.zeros(N, 1), torch.tensor(mutated or [False] * N),
+                 grpo.group_advantages(torch.tensor(rewards)), rewards=scored,
+                 sampled_rewards=[reward.Reward(1.0, 0.0, 0.0, x) for x in sampled or totals], max_reward=3.0,
+                 samples=[data.Sample([item(str(y), y) for y in ys]) for ys in labels])  # fmt: skip
+
+
+def test_outside_its_mean_a_mutated_answer_keeps_its_pull_and_pushes_nobody():
+    batch = by_hand([[3.0, 1.0, 1.0, 2.0]], mutated=[True, False, False, False])
+    # All four: mean 7/4, std sqrt(11)/4, so 3 has 5/sqrt(11). The sampled three: mean 4/3, std sqrt(2)/3.
+    expected = torch.tensor([[5 / math.sqrt(11), -math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2)]])
+    torch.testing.assert_close(rivals.outside(None, None, batch), expected, atol=1e-3, rtol=0)
+    # 0.5 is the best that was sampled (the first 0 was replaced). In a mean with the truth its advantage is negative.
+    batch = by_hand([[3.0, 0.0, 0.0, 0.5]], sampled=[0.0, 0.0, 0.0, 0.5], mutated=[True, False, False, False])
+    assert rivals.numbers(batch)["inverted"] == [False, False, False, True]
+    batch.advantages = rivals.outside(None, None, batch)
+    assert not any(rivals.numbers(batch)["inverted"])
+
+
+def test_a_batch_s_concordance_is_an_answer_s_among_the_means_of_the_other_prompts():
+    answers = [[(1, 1.0)], [(1, 3.0)], None, [(1, 4.0)], [(1, 6.0)], None]
+    batch = by_hand([[1.0, 1.0, 0.0]] * 2, answers=answers, labels=[[1], [5]])  # the format earned 1, R_reg nothing
+    learner, stage = SimpleNamespace(world=CPU), Stage(1, 1, None, RewardWeights(1, 0, 1), 10)
+    got = rivals.ccc(learner, stage, batch)
+    # (1, 1) beside (5, 5) is 1. (3, 1) beside (5, 5): means 4 and 3, variances 1 and 4, covariance 2, so 4 / 6. (1 + 4/6) / 2 = 5/6.
+    torch.testing.assert_close(got[0], grpo.group_advantages(torch.tensor([[2.0, 1 + 5 / 6, 0.0]]))[0].double())
+    # Another process has an image with label 9, whose mean is 9: (3, 1), (5, 5), (9, 9) in the place of two pairs.
+    learner.world = two([[(9.0, 9)]])
+    learner.world.gather = lambda thing: [thing, [[(9.0, 9)]]]
+    x, y = np.array([3.0, 5, 9]), np.array([1.0, 5, 9])
+    c = 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+    expected = grpo.group_advantages(torch.tensor([[2.0, 1 + (1 + c) / 2, 0.0]], dtype=torch.float64))[0]
+    torch.testing.assert_close(rivals.ccc(learner, stage, batch)[0], expected)
+
+
+def test_orarl_updates_on_the_truth_beside_every_group_and_on_half_of_it(policy, items, monkeypatch):  # noqa: F811
+    stage, learner = make_stage(items), make_learner(policy, rmo_k=0)
+    samples = stage.sampler.batch(0)
+    true = [data.reference_answer(sample) for sample in samples]
+    says(monkeypatch, lambda b, g: true[b] if g == 2 else "no")
+    batch, updated = collect(learner, stage, samples=samples), []
+    monkeypatch.undo()
+    monkeypatch.setattr(rivals, "standard_update", lambda learner, optimizer, batch: updated.append(batch))
+    rivals.update_with_truth(learner, None, batch)
+    rivals.update_half_with_truth(learner, None, batch)
+    for wide, kept in zip(updated, ([0, 1, 2, 3], [0, 2]), strict=True):  # of 4, the lowest and the highest
+        rows = len(kept) + 1
+        assert (
+            wide.advantages.shape == (3, rows)
+            and wide.mutated.view(3, rows).tolist() == [[False] * len(kept) + [True]] * 3
+        )
+        # One of four earns 3: the mean is 3/4, 3/4 of what the truth earns is missing. Of two: 1/2.
+        torch.testing.assert_close(wide.advantages[:, -1], torch.full((3,), (1 - 1 / len(kept)) ** 2))
+        assert torch.equal(wide.advantages[:, :-1], batch.advantages[:, kept])
+        texts = rarl.decode(policy, wide.ids, wide.mask)
+        assert [texts[rows * b + len(kept)] for b in range(3)] == true
+        for b in range(3):
+            sampled = [batch.ids[b * G + g][batch.mask[b * G + g]] for g in kept]
+            ours = [wide.ids[b * rows + i][wide.mask[b * rows + i]] for i in range(len(kept))]
+            assert all(map(torch.equal, sampled, ours))
+
+
+def test_r_rank_of_the_order_that_the_values_imply():
+    stage, sample = Stage(2, 1, None, RewardWeights(1, 2, 1), 10), data.Sample([item("a", 1), item("b", 2)])
+    text = answer((2, 2), (1, 1))  # right values, listed the wrong way round
+    assert rivals.ranked_by_values(1.0)(stage, text, sample) == (1.0, 1.0, 1.0, 1 + 2 + 1)
+    assert rivals.ranked_by_values(0.5)(stage, text, sample) == (1.0, 1.0, 0.5, 1 + 1 + 1)
+    assert rivals.ranked_by_values(0.5)(stage, text, sample).answer == [(2, 2.0), (1, 1.0)]
+    assert rivals.ranked_by_values(1.0)(stage, answer((1, 2), (2, 2)), sample).ranking == 0.5  # equal values: tau 0
+    assert rivals.ranked_by_values(1.0)(stage, "no", sample).total == 0
+    alone = data.Sample([item("a", 1)])
+    assert rivals.ranked_by_values(1.0)(stage, answer((1, 1)), alone) == stage.reward(answer((1, 1)), alone)
 
 
 def test_advantages_take_the_place_of_the_method_s(policy, items, monkeypatch):  # noqa: F811
@@ -70,29 +150,6 @@ def test_advantages_take_the_place_of_the_method_s(policy, items, monkeypatch): 
     batch = collect(make_learner(policy, rmo_k=0), stage, samples=samples)
     totals = torch.tensor([r.total for r in batch.rewards]).view(3, G)
     torch.testing.assert_close(batch.advantages, totals - totals.mean(1, keepdim=True))
-
-
-def test_a_crossing_has_the_values_of_one_answer_and_the_order_of_another(policy, items, monkeypatch):  # noqa: F811
-    stage = make_stage(items)
-    samples = stage.sampler.batch(0)
-    low = [[1, 2] if s.labels[0] < s.labels[1] else [2, 1] for s in samples]  # the true order
-    at = lambda b, order, off: answer(*((i, samples[b].labels[i - 1] + off) for i in order))
-    # Of each group: nothing valid; good values in the wrong order; useless ones in the right order; neither.
-    says(monkeypatch, lambda b, g: ["no", at(b, low[b][::-1], 1), at(b, low[b], 9), at(b, low[b][::-1], 9)][g])
-    monkeypatch.setattr(train, "references_for", rivals.crossed_references)
-    learner = make_learner(policy, rmo_spread=1.0, rmo_poor=1.0)
-    batch = collect(learner, stage, samples=samples)
-    assert batch.mutated.view(3, G).tolist() == [[True, False, False, False]] * 3  # "no" earned least
-    for b in range(3):
-        assert batch.texts[b * G] == at(b, low[b], 1).replace(".0", "")
-        assert batch.rewards[b * G].total == 1 - 1 / 4 + 1 + 1
-    # A child that earns no more than what it would replace is none; of answers that are no answers there is no child.
-    says(monkeypatch, lambda b, g: at(b, low[b], 9))
-    assert not collect(learner, stage, samples=samples).mutated.any()
-    says(monkeypatch, lambda b, g: "no" if g else at(b, low[b], 9))
-    assert collect(learner, stage, samples=samples).mutated.any()
-    says(monkeypatch, lambda b, g: "no")
-    assert not collect(learner, stage, samples=samples).mutated.any()
 
 
 def test_prompts_whose_answers_are_alike_are_drawn_anew(policy, items, monkeypatch):  # noqa: F811
@@ -125,7 +182,7 @@ def test_prompts_whose_answers_are_alike_are_drawn_anew(policy, items, monkeypat
     logp, _ = rarl.logprobs(policy, batch.prompts, batch.ids, batch.mask)
     torch.testing.assert_close(batch.sampled_logp, logp.detach(), atol=1e-4, rtol=0)
     assert (batch.advantages[:2].amax(1) > 1).all() and not batch.advantages[2].any()
-    assert rivals.numbers_with_redrawn(batch)["redrawn"] == [1.0]
+    assert rivals.numbers(batch)["redrawn"] == [1.0]
 
 
 def test_imitation_raises_the_probability_of_the_truth_with_the_gradient_of_the_likelihood(policy, items):  # noqa: F811
