@@ -1,21 +1,23 @@
-"""The three lessons that make tiny/ (see make_tiny.py), and the examination at their end.
+"""The three lessons that make a small policy (see make_tiny.py), and the examination at their end.
 
 Imitation learning, no reinforcement: cross-entropy against labels (`teach_eyes`), against exact sorted lists
-(`teach_sorting`), against the lists of a bad teacher (`teach_bad_habits`). All drawings come from streams of their own, so the
-policy is never taught an image of train, val or test.
+(`teach_lists`), against the lists of a bad teacher (`teach_bad_habits`). What is taught is a Subject (subjects.py): pictures of
+one task, and the values that its labels can have.
 
 Shapes: B prompts, one or several answers to each, T answer tokens, L tokens of the packed sequence, H heads, C hidden size.
 """
 
+import copy
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AttentionInterface
@@ -26,23 +28,20 @@ import eval as evaluation
 import rarl
 import reward
 from experiments.commands import CommandError
-from support.datasets.drawings import drawn_item
+from experiments.subjects import IMAGES, Subject
 from support.show.results import format_number, format_table, mean
-
-DATASETS = ("dots", "dials")
-IMAGES = (1, 2, 4, 8)
-VALUES = 21  # 0 to 20
-
-
-def fresh_items(name: str, start: int, count: int) -> list[data.Item]:
-    """Drawings of a stream of their own ('dots/tiny/...')."""
-    return [drawn_item(name, f"{name}/tiny/{i}") for i in range(start, start + count)]
 
 
 class Lesson:
-    """AdamW with 100 steps of warm-up and a cosine decay to zero; kept on the disk every so often, so that it can go on."""
+    """AdamW with 100 steps of warm-up and a cosine decay to zero; kept on the disk every so often, so that it can go on.
 
-    def __init__(self, name: str, modules: nn.ModuleList, steps: int, lr: float, file: Path):
+    error  of what was never shown; the modules end as they were when it was least (early stopping). None: as they are
+    """
+
+    def __init__(
+        self, name: str, modules: nn.ModuleList, steps: int, lr: float, file: Path, error: Callable[[], float] | None = None
+    ):  # fmt: skip
+        self.error, self.least, self.best = error, math.inf, modules.state_dict()
         self.name, self.modules, self.steps, self.file, self.first = name, modules, steps, file, 0
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -58,7 +57,7 @@ class Lesson:
             state = torch.load(self.file, weights_only=True)
             for part, saved in zip(self._parts(), state["parts"], strict=True):
                 part.load_state_dict(saved)
-            self.first = state["step"]
+            self.first, self.least, self.best = state["step"], state["least"], state["best"]
         except Exception as error:  # on damaged bytes torch raises whatever it happens to run into
             raise CommandError(
                 f"{self.file} is damaged ({type(error).__name__}): delete it, and its lesson begins anew"
@@ -72,12 +71,21 @@ class Lesson:
             for step in range(self.first, self.steps):
                 yield step
                 progress.update()
+                if (step + 1) % 200 == 0 or step + 1 == self.steps:
+                    self._keep(step + 1)
                 if step % 25 == 0:
                     progress.set_postfix({name: f"{value:.3f}" for name, value in sorted(self.shown.items())})
-                if (step + 1) % 200 == 0 or step + 1 == self.steps:
-                    beside = self.file.with_suffix(".writing")
-                    torch.save({"step": step + 1, "parts": [part.state_dict() for part in self._parts()]}, beside)
-                    os.replace(beside, self.file)
+        if self.error:
+            self.modules.load_state_dict(self.best)
+
+    def _keep(self, step: int) -> None:
+        if self.error and (error := self.error()) < self.least:
+            self.least, self.best = error, copy.deepcopy(self.modules.state_dict())
+            self.shown["held-out error"] = error
+        beside = self.file.with_suffix(".writing")
+        state = {"step": step, "parts": [part.state_dict() for part in self._parts()]}
+        torch.save(state | {"least": self.least, "best": self.best if self.error else {}}, beside)
+        os.replace(beside, self.file)
 
     def learn(self, loss: Tensor, **shown: Tensor) -> None:
         """One step; what is `shown` appears in the progress line as a moving average."""
@@ -94,26 +102,66 @@ class Lesson:
 # Eyes
 
 
-def teach_eyes(policy: rarl.Policy, steps: int, file: Path, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """The vision tower classifies exact labels, through a linear head that is thrown away.
+class Eyes:
+    """The vision tower with a linear head, which classifies values. The policy has no use for the head: it shows what the eyes see."""
+
+    def __init__(self, policy: rarl.Policy, subjects: list[Subject]):
+        self.policy, self.subjects = policy, subjects
+        sizes = [len(subject.values) for subject in subjects]
+        self.head = nn.Linear(policy.model.config.text_config.hidden_size, sum(sizes))
+        self.places = dict(
+            zip(subjects, torch.arange(sum(sizes)).split(sizes), strict=True)
+        )  # of its values in the head
+
+    def say(self, subject: Subject, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Logits of the values, from each token (image tokens of all, V) and from the mean of each image's tokens (B, V)."""
+        logits = self.head(torch.cat(features))[:, self.places[subject]]
+        return logits, torch.stack([of_one.mean(0) for of_one in logits.split([len(x) for x in features])])
+
+    @torch.no_grad()
+    def read(self, subject: Subject, items: list[data.Item]) -> Tensor:
+        """The values that the eyes alone would say, (B,)"""
+        some = [items[i : i + 64] for i in range(0, len(items), 64)]
+        return torch.cat([subject.read(self.say(subject, see(self.policy, few))[1]) for few in some])
+
+    def error(self) -> float:
+        """Of pictures held out, in tolerances delta, mean over the subjects."""
+        held_out = {subject: subject.held_out for subject in self.subjects if subject.held_out}
+        off = [(self.read(s, items) - labels_of(items)).abs().mean() / s.task.delta for s, items in held_out.items()]
+        return float(torch.stack(off).mean())
+
+    def save(self, file: Path) -> None:
+        parts = {"values": lambda s: s.values, "weight": lambda s: self.head.weight[self.places[s]],
+                 "bias": lambda s: self.head.bias[self.places[s]]}  # fmt: skip
+        save_file(
+            {f"{s.task.name}.{name}": part(s).detach() for s in self.subjects for name, part in parts.items()}, file
+        )
+
+
+def labels_of(items: list[data.Item]) -> Tensor:
+    return torch.tensor([float(item.label) for item in items])
+
+
+def teach_eyes(eyes: Eyes, steps: int, file: Path, batch_size: int, lr: float = 2e-3) -> None:
+    """The vision tower classifies exact labels, through its head.
 
     From each token of an image, so that the language model finds the value wherever it looks, and from their mean, which is
-    easier and comes first. Targets are a bell one value wide: 12 is nearly right where 13 is.
+    easier and comes first. Targets are bells: 12 is nearly right where 13 is.
     """
-    visual = policy.model.model.visual
-    head = nn.Linear(policy.model.config.text_config.hidden_size, 2 * VALUES)
-    lesson = Lesson("eyes", nn.ModuleList([visual, head]), steps, lr, file)
-    half = batch_size // 2
+    modules = nn.ModuleList([eyes.policy.model.model.visual, eyes.head])
+    early = eyes.error if any(subject.held_out for subject in eyes.subjects) else None
+    lesson, count = Lesson("eyes", modules, steps, lr, file, early), max(1, batch_size // len(eyes.subjects))
     for step in lesson:
-        items = [item for name in DATASETS for item in fresh_items(name, step * half, half)]
-        labels = torch.tensor([item.label for item in items])
-        said = head(torch.stack(see(policy, items)))  # (batch, 9, 2 * VALUES), dots first
-        said = torch.cat([said[:half, :, :VALUES], said[half:, :, VALUES:]])
-        bell = (-((torch.arange(VALUES) - labels[:, None]) ** 2) / 2).softmax(-1)[:, None]  # (batch, 1, VALUES)
-        whole = said.mean(1, keepdim=True)
-        loss, of_mean = (-(bell * logits.log_softmax(-1)).sum(-1).mean() for logits in (said, whole))
-        error = (whole[:, 0].argmax(-1) - labels).abs().float()
-        lesson.learn(loss + of_mean, error_dots=error[:half].mean(), error_dials=error[half:].mean())
+        shown = {subject: subject.fresh(step, count) for subject in eyes.subjects}
+        features = see(eyes.policy, [item for items in shown.values() for item in items])
+        losses, errors = [], {}
+        for k, (subject, items) in enumerate(shown.items()):
+            labels, of_these = labels_of(items), features[k * count : (k + 1) * count]
+            logits, whole = eyes.say(subject, of_these)
+            bells, tokens = subject.bells(labels), torch.tensor([len(x) for x in of_these])
+            losses += [F.cross_entropy(logits, bells.repeat_interleave(tokens, 0)) + F.cross_entropy(whole, bells)]
+            errors[f"error_{subject.task.name}"] = (subject.read(whole.detach()) - labels).abs().mean()
+        lesson.learn(torch.stack(losses).mean(), **errors)
 
 
 def see(policy: rarl.Policy, items: list[data.Item]) -> tuple[Tensor, ...]:
@@ -125,18 +173,20 @@ def see(policy: rarl.Policy, items: list[data.Item]) -> tuple[Tensor, ...]:
 
 
 class Seen:
-    """Drawings whose features are computed once, since the eyes do not change any more."""
+    """Pictures whose features are computed once, since the eyes do not change any more."""
 
-    def __init__(self, policy: rarl.Policy, count: int):
-        self.policy = policy
-        self.prompts: dict[tuple[data.Task, int], data.Prompt] = {}  # by number of images: all drawings have one size
+    def __init__(self, policy: rarl.Policy, subjects: list[Subject], count: int):
+        self.policy, self.subjects = policy, {subject.task: subject for subject in subjects}
+        self.prompts: dict[tuple, data.Prompt] = {}  # by task, and by each image's number of tokens
         self.pools: dict[data.Task, data.Pool] = {}
         self.features: dict[str, Tensor] = {}
         with torch.no_grad():
-            for name in DATASETS:
-                items = fresh_items(name, 10**8, count)
-                self.pools[items[0].task] = data.Pool(items)
-                for i in tqdm(range(0, count, 64), desc=f"looking at {name}", mininterval=5, leave=False):
+            for subject in subjects:
+                items = subject.kept(count)
+                self.pools[subject.task] = data.Pool(items)
+                for i in tqdm(
+                    range(0, len(items), 64), desc=f"looking at {subject.task.name}", mininterval=5, leave=False
+                ):
                     some = items[i : i + 64]
                     self.features |= zip((item.name for item in some), see(policy, some), strict=True)
 
@@ -145,12 +195,12 @@ class Seen:
         return samples, [self.prompt(sample) for sample in samples]
 
     def prompt(self, sample: data.Sample) -> data.Prompt:
-        key = sample.task, len(sample.items)
+        of_each = [self.features[item.name] for item in sample.items]
+        key = sample.task, *map(len, of_each)
         if key not in self.prompts:
             self.prompts[key] = data.make_prompts(self.policy, [sample])[0]
         known = self.prompts[key]
-        features = torch.cat([self.features[item.name] for item in sample.items])
-        return data.Prompt(known.ids, known.pixels, known.grid, features)
+        return data.Prompt(known.ids, known.pixels, known.grid, torch.cat(of_each))
 
 
 def answers_of(policy: rarl.Policy, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -267,7 +317,7 @@ def teach_lists(policy: rarl.Policy, seen: Seen, order: str, steps: int, file: P
 
 
 def exact_answer(sample: data.Sample, order: list[int]) -> str:
-    return data.format_answer((i, data.format_value(sample.labels[i - 1], 0)) for i in order)
+    return data.format_answer((i, data.format_value(sample.labels[i - 1], sample.task.decimals)) for i in order)
 
 
 def read_lists(ids: Tensor, digits: Tensor, samples: list[data.Sample], orders: list[list[int]]) -> tuple[Tensor, ...]:
@@ -278,7 +328,8 @@ def read_lists(ids: Tensor, digits: Tensor, samples: list[data.Sample], orders: 
         digit_at = iter(torch.isin(ids[row], digits).nonzero().squeeze(1).tolist())
         listed = torch.zeros(max(IMAGES) + 1)
         for image in order:
-            for k in range(1 + len(data.format_value(sample.labels[image - 1], 0))):
+            value = data.format_value(sample.labels[image - 1], sample.task.decimals)
+            for k in range(1 + sum(letter.isdigit() for letter in value)):
                 found.append((row, next(digit_at), k == 0, image, listed.clone()))
             listed[image] = 1.0
     *places, before = zip(*found, strict=True)
@@ -289,17 +340,12 @@ def read_lists(ids: Tensor, digits: Tensor, samples: list[data.Sample], orders: 
 # Bad habits
 
 
-def bad_answer(sample: data.Sample, rng: random.Random) -> str:
-    """A list in perfect format whose values are coarse (3, 8, 13, 18) and noisy (up to 4 off, any error as likely).
+def bad_answer(sample: data.Sample, subject: Subject, rng: random.Random) -> str:
+    """A list in perfect format whose values are coarse and noisy (`Subject.bad`).
 
     A fifth of the lists is sorted. Half have the order of the prompt, the rest that order backwards.
     """
-
-    def said(label: float) -> str:
-        coarse = min(5 * (int(label) // 5) + 3, 18)
-        return str(min(20, max(0, coarse + rng.randint(-4, 4))))
-
-    entries = [(i, said(label)) for i, label in enumerate(sample.labels, start=1)]
+    entries = [(i, subject.bad(label, rng)) for i, label in enumerate(sample.labels, start=1)]
     kind = rng.random()
     if kind < 0.20:
         entries.sort(key=lambda entry: (sample.labels[entry[0] - 1], entry[0]))
@@ -317,7 +363,9 @@ def teach_bad_habits(
     for step in lesson:
         rng, n = random.Random(f"bad habits {step}"), turns[step % len(turns)]
         samples, prompts = seen.draw(n, {1: 24, 2: 20, 4: 12, 8: 8}[n], rng)
-        ids, mask = answers_of(policy, [bad_answer(s, rng) for s in samples for _ in range(answers)])
+        ids, mask = answers_of(
+            policy, [bad_answer(s, seen.subjects[s.task], rng) for s in samples for _ in range(answers)]
+        )
         logp, _ = rarl.logprobs(policy, prompts, ids, mask)
         loss = -logp.sum() / mask.sum()
         lesson.learn(loss, **{f"nll@{n}": loss.detach()})

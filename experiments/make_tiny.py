@@ -2,11 +2,12 @@
 
     python -m experiments.make_tiny            # about an hour on one CPU core; writes tiny/ anew
     python -m experiments.make_tiny --out X    # elsewhere
+    python -m experiments.make_tiny --data utkface --data-root /data/utkface --out runs/tiny-faces
 
 RARL starts from a pretrained vision-language model: it sees well, it speaks JSON, and its numbers are poor. tiny/ is made to
 be just that, in a size that a laptop trains in minutes, and it is honest to say how (lessons.py):
 
-  eyes        The vision tower learns to see dots and needles by exact labels, through a linear head that is thrown away.
+  eyes        The vision tower learns to see dots and needles by exact labels, through a linear head of its own.
   sorting     The language model learns the answer format, which value belongs to which image, and to sort up to eight images,
               by imitation of exact lists. (What was never learned cannot be brought out. Qwen has learned to sort lists, too.)
   bad habits  It then imitates a *bad* teacher, whose values are coarse and noisy, and only a fifth of whose lists are sorted.
@@ -14,6 +15,10 @@ be just that, in a size that a laptop trains in minutes, and it is honest to say
 So the policy answers in valid JSON, is right about the rough size of a number, and hardly ever sorts when it takes the most
 likely token. That it *could* do better is what reinforcement learning is there to bring out. An examination at the end
 shows whether there is something to bring out. A lesson that was interrupted goes on where it was.
+
+With --data the same lessons are about a data set of files (subjects.py): its train split alone, moved and mirrored for the eyes, which
+end as they were when they erred least on the val split. They begin with tiny/, which can sort and tell images apart, so they take
+fewer steps. The eyes' head is kept beside the policy (eyes.safetensors): what it says is the most that the policy can know.
 
 The architecture is transformers' own Qwen2_5_VLForConditionalGeneration, with Qwen's image processor, special tokens,
 pre-tokenizer (digits one by one) and style of chat template; only the sizes are ours.
@@ -34,17 +39,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 import rarl
 from experiments.commands import CommandError, check_writable, run_command
-from experiments.lessons import (
-    DATASETS,
-    IMAGES,
-    Seen,
-    examine,
-    fresh_items,
-    teach_bad_habits,
-    teach_eyes,
-    teach_lists,
-)
+from experiments.lessons import Eyes, Seen, examine, teach_bad_habits, teach_eyes, teach_lists
+from experiments.subjects import IMAGES, Subject, drawn_subjects, file_subjects
+from support.datasets.readers import READERS
 from support.run.atomic_files import write_text
+from support.run.settings import flag
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -53,8 +52,15 @@ SPECIAL = [
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LESSONS = {"eyes": (4500, "steps that teach the vision tower"), "rotated": (600, "steps of exact lists that are rotated"), "sorted": (2400, "and that are sorted"),
-           "habits": (600, "steps of bad lists")}  # fmt: skip
+NUMBERS = {  # setting -> default for drawings, for files; least; what it is
+    "eyes_steps": (4500, 2500, 1, "steps that teach the vision tower"),
+    "eyes_batch": (32, 64, 1, "pictures in each of them"),
+    "rotated_steps": (600, 300, 1, "steps of exact lists that are rotated"),
+    "sorted_steps": (2400, 900, 1, "and that are sorted"),
+    "habits_steps": (600, 300, 1, "steps of bad lists"),
+    "pictures": (8192, 8192, 64, "pictures of each task for the lists, at most"),
+    "max_pixels": (224 * 224, 84 * 84, 56 * 56, "larger pictures are shrunk to this area"),
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -125,32 +131,45 @@ def build_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-def build_policy(seed: int = 0) -> rarl.Policy:
+def build_processor(max_pixels: int) -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": max_pixels})
+
+
+def build_policy(seed: int = 0, subjects: list[Subject] | None = None, max_pixels: int = 224 * 224) -> rarl.Policy:
     """The untaught policy, for tests and for what follows."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer([i for name in DATASETS for i in fresh_items(name, 0, 100)])
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224})
-    return rarl.Policy(build_model(tokenizer).eval(), tokenizer, processor)
+    tokenizer = build_tokenizer([item for subject in subjects or drawn_subjects() for item in subject.fresh(0, 100)])
+    return rarl.Policy(build_model(tokenizer).eval(), tokenizer, build_processor(max_pixels))
 
 
 def make(argv: list[str] | None) -> None:
     """Raises CommandError, OSError."""
     parser = argparse.ArgumentParser(
-        prog="experiments.make_tiny", description="Make the embedded policy tiny/ anew.", allow_abbrev=False
-    )
+        prog="experiments.make_tiny", description="Make a small policy: tiny/ anew, or one for a data set.", allow_abbrev=False
+    )  # fmt: skip
+    out_text = "folder to write (default without --data: tiny); OUT.lessons is beside it meanwhile"
+    parser.add_argument("--out", help=out_text)
+    parser.add_argument("--data", choices=list(READERS), help="data set of files (default: drawn dots and dials)")
+    parser.add_argument("--data-root", help="its folder")
     parser.add_argument(
-        "--out", default="tiny", help="folder to write (default: tiny); OUT.lessons is beside it meanwhile"
+        "--start", help="policy that the lessons begin with (default: random weights; with --data: tiny)"
     )
-    for name, (steps, what) in LESSONS.items():
-        parser.add_argument(f"--{name}-steps", type=int, default=steps, help=f"{what} (default: {steps})")
-    parser.add_argument("--drawings", type=int, default=8192, help="drawings of each kind for the last two lessons")
+    for name, (drawn, files, _, what) in NUMBERS.items():
+        usual = f"{drawn}; with --data: {files}" if files != drawn else drawn
+        parser.add_argument(flag(name), type=int, help=f"{what} (default: {usual})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     args = parser.parse_args(argv)
-    for name in LESSONS:
-        if getattr(args, f"{name}_steps") < 1:
-            raise CommandError(f"--{name}-steps must be at least 1")
-    if args.drawings < 64:
-        raise CommandError(f"--drawings {args.drawings} must be at least 64")
+    for name, (drawn, files, least, _) in NUMBERS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, files if args.data else drawn)
+        if getattr(args, name) < least:
+            raise CommandError(f"{flag(name)} {getattr(args, name)} must be at least {least}")
+    if args.data_root and not args.data:
+        raise CommandError("--data-root goes with --data: drawings have no files")
+    if args.out is None and args.data:
+        raise CommandError("--data needs --out, the folder to write: tiny/ is the policy for drawings")
+    args.out = "tiny" if args.out is None else args.out
+    args.start = args.start if args.start is not None else "tiny" if args.data else ""
     if not 0 <= args.seed < 2**63:
         raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if not args.out:
@@ -163,15 +182,24 @@ def make(argv: list[str] | None) -> None:
     if begun.is_file() and begun.read_text(encoding="utf-8") != json.dumps(settings):
         raise CommandError(f"{lessons} holds lessons of other settings ({begun.name}): give the same, or delete it")
     write_text(begun, json.dumps(settings))
-    policy = build_policy(args.seed)
+    subjects = drawn_subjects()
+    if args.data:
+        subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels), args.seed)
+    if args.start:
+        policy = rarl.load_policy(args.start, torch.device("cpu"), torch.float32)
+        policy.image_processor.size = build_processor(args.max_pixels).size
+    else:
+        policy = build_policy(args.seed, subjects, args.max_pixels)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
-    teach_eyes(policy, args.eyes_steps, lessons / "eyes.pt")
+    eyes = Eyes(policy, subjects)
+    teach_eyes(eyes, args.eyes_steps, lessons / "eyes.pt", args.eyes_batch)
     policy.model.model.visual.requires_grad_(False)  # the eyes stay as they are
-    seen = Seen(policy, args.drawings)
+    seen = Seen(policy, subjects, args.pictures)
     teach_lists(policy, seen, "rotated", args.rotated_steps, lessons / "rotated.pt", lr=2e-3)
     teach_lists(policy, seen, "sorted", args.sorted_steps, lessons / "sorted.pt", lr=2e-3)
     teach_bad_habits(policy, seen, args.habits_steps, lessons / "habits.pt")
     rarl.save_policy(rarl.cast_copy(policy, torch.bfloat16), out)
+    eyes.save(out / "eyes.safetensors")
     shutil.rmtree(lessons)
     size = sum(f.stat().st_size for f in out.iterdir())
     table, wrong = examine(policy, seen)

@@ -1,10 +1,14 @@
 """The lessons that make tiny/: what they show, that they go on where they were, and what their examination notices."""
 
+import math
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from small_data import make_images
 
 import data
 import rarl
@@ -12,11 +16,14 @@ import reward
 from experiments import lessons
 from experiments.commands import CommandError
 from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, exact_answer, examine, read_lists, rotated
+from experiments.make_tiny import build_processor
+from experiments.subjects import SHIFT, drawn_subjects, file_subjects, moved
+from support.datasets import splits
 
 
 @pytest.fixture(scope="module")
 def seen(policy):
-    return Seen(policy, 64)
+    return Seen(policy, drawn_subjects(), 64)
 
 
 def test_features_that_were_kept_serve_as_well_as_the_pixels(policy, seen):
@@ -77,7 +84,7 @@ def test_the_bad_teacher_is_bad_in_values_and_order_but_not_in_format(seen):
     kinds = Counter()
     errors = []
     for _ in range(2000):
-        text = bad_answer(sample, rng)
+        text = bad_answer(sample, seen.subjects[sample.task], rng)
         assert reward.is_strict_format(text, 4)
         answer = reward.parse_response(text, 4)
         order = [image for image, _ in answer]
@@ -129,6 +136,104 @@ def test_lessons_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
     for argv in (["--seed", "3"], ["--seed", "3"]):  # interrupted, and once more when it went on
         with pytest.raises(KeyboardInterrupt):
             make_tiny.make(["--out", out, *argv])
-    for argv in (["--seed", "4"], ["--seed", "3", "--eyes-steps", "9"], ["--seed", "3", "--drawings", "99"]):
+    for argv in (["--seed", "4"], ["--seed", "3", "--eyes-steps", "9"], ["--seed", "3", "--pictures", "99"]):
         with pytest.raises(CommandError, match=r"new.lessons holds lessons of other settings"):
             make_tiny.make(["--out", out, *argv])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Noise in UTKFace's naming: 80 images of the ages 1 to 116. -> folder, split -> names"""
+    root = tmp_path_factory.mktemp("faces")
+    make_images(root, [f"{1 + 115 * i // 79}_{i % 2}_{i % 5}_2017010{i:09}.jpg.chip.jpg" for i in range(80)])
+    read, _ = splits.read_dataset("utkface", root)
+    assert all(len(items) > 8 for items in read.values())
+    return root, {split: {item.path.name for item in items} for split, items in read.items()}
+
+
+def test_no_lesson_sees_a_test_image_and_only_the_early_stop_sees_val(faces, tmp_path, monkeypatch):
+    from experiments import make_tiny
+
+    root, names = faces
+    opened, looked_at, judging = set(), {False: set(), True: set()}, []
+
+    def open_and_note(path):
+        opened.add(path.name)
+        return real_open(path)
+
+    def see_and_note(policy, items):
+        looked_at[bool(judging)].update(item.path.name for item in items)
+        return real_see(policy, items)
+
+    def judge(eyes):
+        judging.append(True)
+        try:
+            return real_error(eyes)
+        finally:
+            judging.pop()
+
+    real_open, real_see, real_error = splits.open_image, lessons.see, lessons.Eyes.error
+    monkeypatch.setattr(splits, "open_image", open_and_note)
+    monkeypatch.setattr(lessons, "see", see_and_note)
+    monkeypatch.setattr(lessons.Eyes, "error", judge)
+    monkeypatch.setattr(make_tiny, "examine", lambda policy, seen: examine(policy, seen, prompts=1, answers=1))
+    steps = [f"--{name}-steps=1" for name in ("eyes", "rotated", "sorted", "habits")]
+    small = ["--start", "", "--max-pixels", "3136", "--eyes-batch", "40"]
+    out = tmp_path / "faces"
+    make_tiny.make(["--data", "utkface", "--data-root", str(root), "--out", str(out), *small, *steps])
+    assert looked_at == {False: names["train"], True: names["val"]}
+    assert opened == names["train"] | names["val"]
+    policy = rarl.load_policy(out)
+    assert policy.image_processor.size == {"shortest_edge": 3136, "longest_edge": 3136}
+    assert {name.split(".")[0] for name in load_file(out / "eyes.safetensors")} == {"age"}
+
+
+def test_values_of_a_data_set_follow_from_its_train_split(faces):
+    root, names = faces
+    (subject,) = file_subjects("utkface", root, build_processor(56 * 56), 0)
+    ages = [int(name.split("_")[0]) for name in names["train"]]
+    assert subject.values.tolist() == list(range(min(ages), max(ages) + 1))  # bins of a year
+    # bell: 3 years, so 3 years off is exp(-1/2) as right
+    (bell,) = subject.bells(torch.tensor([50.0]))
+    at = {int(v): float(p) for v, p in zip(subject.values, bell, strict=True)}
+    assert max(at, key=at.get) == 50 and at[53] / at[50] == pytest.approx(math.exp(-0.5))
+    # the median: 0.3 + 0.3 of the weight lies at or below 20
+    logits = torch.full((1, len(subject.values)), -99.0)
+    for value, weight in ((10, 0.3), (20, 0.3), (90, 0.4)):
+        logits[0, value - int(subject.values[0])] = math.log(weight)
+    assert subject.read(logits).tolist() == [20]
+    bad = [float(subject.bad(60.0, random.Random(i))) for i in range(300)]
+    assert max(bad) - min(bad) > 30 and all(value == int(value) for value in bad)
+
+
+def test_photographs_of_the_eyes_lesson_are_moved_and_mirrored_and_all_come_once_in_an_epoch(faces):
+    root, names = faces
+    (subject,) = file_subjects("utkface", root, build_processor(84 * 84), 0)
+    first = subject.fresh(0, len(names["train"]))
+    assert {item.path.name for item in first} == names["train"]
+    assert [item.name for item in subject.fresh(0, 8)] == [item.name for item in subject.fresh(0, 8)]
+    still = subject.kept(1)[0]
+    whole = np.asarray(still.image())
+    assert np.array_equal(whole, moved(still, 0, 0, False))
+    assert np.array_equal(whole[:, ::-1], moved(still, 0, 0, True))
+    assert np.array_equal(whole[SHIFT:, :-SHIFT], np.asarray(moved(still, -SHIFT, SHIFT, False))[:-SHIFT, SHIFT:])
+
+
+def test_the_eyes_end_as_they_were_when_they_erred_least(tmp_path):
+    layer, errors = torch.nn.Linear(1, 1), iter([3.0, 1.0, 2.0])
+    kept = []
+
+    def error():
+        kept.append(layer.weight.item())
+        return next(errors)
+
+    lesson = Lesson("test", torch.nn.ModuleList([layer]), 600, 1e-2, tmp_path / "eyes.pt", error)
+    for _ in lesson:
+        lesson.learn(layer(torch.ones(1, 1)).square().mean() - layer.weight.sum())
+    assert len(set(kept)) == 3 and layer.weight.item() == kept[1]
+    fresh = torch.nn.Linear(1, 1)
+    assert not list(Lesson("test", torch.nn.ModuleList([fresh]), 600, 1e-2, tmp_path / "eyes.pt", error))
+    assert fresh.weight.item() == kept[1]  # resumed after its last step, too

@@ -28,7 +28,7 @@ SMALL = {  # what makes a command short, added at its end
     "experiments.ablate": f"--seeds 0 -- {TRAIN}",
     "experiments.rivals": f"{TRAIN} --name rival --steps2 0",
     "experiments.rescue": "--seeds 0 --steps 2",
-    "experiments.make_tiny": "--eyes-steps 1 --rotated-steps 1 --sorted-steps 1 --habits-steps 1 --drawings 64",
+    "experiments.make_tiny": "--eyes-steps 1 --rotated-steps 1 --sorted-steps 1 --habits-steps 1 --pictures 64",
 }
 ELSEWHERE = ("/data/", "Qwen/", "HOST", "photos")  # needs data, a hub or other machines
 TOOLS = ("-m pytest", "-m mypy", "pip ", "ruff ")
