@@ -20,6 +20,12 @@ and questions that the summaries of the paper ask or leave open:
     python -m experiments.ablate noise           # joint against ranking only, from exact to very noisy labels
     python -m experiments.ablate all --jobs 2    # all of them, in about three hours on 2 cores (OMP_NUM_THREADS=1)
 
+and on real photographs, which `all` leaves out (make_tiny.py makes their base, runs/tiny-faces):
+
+    python -m experiments.ablate faces -- --data-root /data/utkface         # the reward, RMO, delta, balance, one stage
+    python -m experiments.ablate faces_unseen -- --data-root /data/utkface  # RMO on a question that the base has never seen
+    python -m experiments.ablate faces --only joint --seeds 0 -- --data-root /data/utkface     # one row, one seed
+
 What stands behind -- is given to train.py in every run, as in `reward -- --preset utkface --model M --data-root D --steps1 500
 --steps2 500`; BUDGET's numbers of steps and images stand before it and hold where nothing else is said.
 
@@ -74,6 +80,10 @@ TIGHT = ["--delta", "1", "--group-size", "4"]  # exact or nothing, few tries: mo
 # tiny/ was taught other words. It answers these as it should for one image, and hardly ever for several.
 UNSEEN = ["--question", "Count the spots.", "--order", "by number of spots, fewest first"]
 DIALS = ["--data", "dials"]
+# Photographs that make_tiny taught a policy to see. Its eyes stay as they are, so that they are looked through once a step.
+FACES = ["--model", "runs/tiny-faces", "--data", "utkface", "--images", "1", "2", "4", "8", "--delta", "10",
+         "--freeze-vision"]  # fmt: skip
+UNSEEN_AGES = ["--question", "Guess the years.", "--order", "by years, fewest first"]
 ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
 ONE_IMAGE = ["--steps1", "40", "--steps2", "0", "--images", "1"]
 
@@ -158,7 +168,20 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
         for std in (0, 2, 4, 8)
         for name, reward in (("joint", []), ("ranking", ["--w-reg", "0"]))
     },
+    "faces": {
+        "joint": FACES,
+        "no RMO": [*FACES, *NO_RMO],
+        "imitation": Variant([*FACES, "--beta", "0"], "imitation"),
+        "regression only": [*FACES, "--w-rank", "0"],
+        "ranking only": [*FACES, "--w-reg", "0"],
+        "delta 5": [*FACES, "--delta", "5"],
+        "delta 20": [*FACES, "--delta", "20"],
+        "labels as they are": [*FACES, "--no-balance"],
+        "one stage": [*FACES, *ONE_STAGE],
+    },
+    "faces_unseen": {"RMO": [*FACES, *UNSEEN_AGES], "nothing": [*FACES, *UNSEEN_AGES, *NO_RMO]},
 }
+PHOTOGRAPHS = ("faces", "faces_unseen")
 
 
 def variant_of(experiment: str, name: str) -> Variant:
@@ -193,18 +216,42 @@ def lost_differences(experiment: str, runs: dict[str, list[Run]]) -> list[str]:
 # Command line
 
 
+def chosen_rows(experiment: str, only: list[str] | None) -> dict[str, list[str]]:
+    """Experiment -> its variants that are to run. Raises CommandError."""
+    chosen = [e for e in EXPERIMENTS if e not in PHOTOGRAPHS] if experiment == "all" else [experiment]
+    rows = {e: [name for name in EXPERIMENTS[e] if not only or name in only] for e in chosen}
+    if odd := set(only or ()) - {name for names in rows.values() for name in names}:
+        known = ", ".join(dict.fromkeys(name for e in chosen for name in EXPERIMENTS[e]))
+        raise CommandError(f"--only {min(odd)!r} is no row: {known}")
+    return {e: names for e, names in rows.items() if names}
+
+
+def check_photographs(experiment: str, more: list[str]) -> None:
+    """Raises CommandError, SettingError."""
+    settings = parse_settings([*FACES, *more])
+    if not settings.data_root or not Path(settings.data_root).is_dir():
+        raise CommandError(f"{experiment} needs UTKFace's aligned faces: add -- --data-root DIR")
+    if not Path(settings.model).is_dir():
+        raise CommandError(f"{experiment} needs {settings.model}: make it with python -m experiments.make_tiny --data")
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> our settings, and those behind --, which go to train.py"""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = parser_of("experiments.ablate", "Run an ablation on the embedded default.")
     parser.epilog = "What stands after -- is given to train.py in every run."
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to run and show (default: all)")
     args, more = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     given = {argument.split("=")[0] for argument in more}
     if ours := {"--name", "--seed", "--resume"} & given:
         raise CommandError(f"{min(ours)} is set for every run here: leave it out behind --")
-    args.experiments = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
-    drawings = [e for e in args.experiments if any(variant_of(e, name).names_data for name in EXPERIMENTS[e])]
+    args.rows = chosen_rows(args.experiment, args.only)
+    args.experiments = list(args.rows)
+    if args.experiment in PHOTOGRAPHS:
+        check_photographs(args.experiment, more)
+    names_data = lambda e: e not in PHOTOGRAPHS and any(variant_of(e, name).names_data for name in args.rows[e])
+    drawings = list(filter(names_data, args.experiments))
     if drawings and (other := {"--preset", *DATA} & given):
         about = f"{drawings[0]} is about drawings and what is asked of them"
         raise CommandError(f"{about}: leave out {min(other)} behind --")
@@ -215,10 +262,7 @@ def ablate(argv: list[str]) -> None:
     """Raises CommandError, SettingError, OSError."""
     args, more = parse(argv)
     planned = {  # all are planned, and so checked, before the first one starts
-        e: {
-            variant: [plan_run(e, variant, seed, more) for seed in sorted(set(args.seeds))]
-            for variant in EXPERIMENTS[e]
-        }
+        e: {variant: [plan_run(e, variant, seed, more) for seed in sorted(set(args.seeds))] for variant in args.rows[e]}
         for e in args.experiments
     }
     for experiment, of in planned.items():
@@ -237,7 +281,7 @@ def ablate(argv: list[str]) -> None:
                     print(f"wrote runs/ablate-{experiment}.txt, .csv and .png\n", file=sys.stderr)
 
     every = [run for some in runs.values() for run in some]
-    changes = [change for e in args.experiments for name in EXPERIMENTS[e] for change in variant_of(e, name).changes]
+    changes = [change for e in args.experiments for name in args.rows[e] for change in variant_of(e, name).changes]
     for folder in sorted({change for change in changes if change.startswith("runs/dots-")}):  # of labelled()
         drawn_labels.make(Path(folder))
     Trainer().train_all(every, args.jobs, report_what_is_complete)

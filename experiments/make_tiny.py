@@ -38,6 +38,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 import rarl
+from experiments.ceiling import EYES
 from experiments.commands import CommandError, check_writable, run_command
 from experiments.lessons import Eyes, Seen, examine, teach_bad_habits, teach_eyes, teach_lists
 from experiments.subjects import IMAGES, Subject, drawn_subjects, file_subjects
@@ -174,6 +175,9 @@ def make(argv: list[str] | None) -> None:
         raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if not args.out:
         raise CommandError("--out must name a folder")
+    subjects = drawn_subjects()
+    if args.data:
+        subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels), args.seed)
     out = Path(args.out)
     check_writable(out / "config.json", "--out")
     lessons = out.with_name(out.name + ".lessons")
@@ -182,9 +186,6 @@ def make(argv: list[str] | None) -> None:
     if begun.is_file() and begun.read_text(encoding="utf-8") != json.dumps(settings):
         raise CommandError(f"{lessons} holds lessons of other settings ({begun.name}): give the same, or delete it")
     write_text(begun, json.dumps(settings))
-    subjects = drawn_subjects()
-    if args.data:
-        subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels), args.seed)
     if args.start:
         policy = rarl.load_policy(args.start, torch.device("cpu"), torch.float32)
         policy.image_processor.size = build_processor(args.max_pixels).size
@@ -199,7 +200,7 @@ def make(argv: list[str] | None) -> None:
     teach_lists(policy, seen, "sorted", args.sorted_steps, lessons / "sorted.pt", lr=2e-3)
     teach_bad_habits(policy, seen, args.habits_steps, lessons / "habits.pt")
     rarl.save_policy(rarl.cast_copy(policy, torch.bfloat16), out)
-    eyes.save(out / "eyes.safetensors")
+    eyes.save(out / EYES)
     shutil.rmtree(lessons)
     size = sum(f.stat().st_size for f in out.iterdir())
     table, wrong = examine(policy, seen)

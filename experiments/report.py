@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import STEPS, Outcome, Row, Run, read_run
+from experiments.runs import STEPS, WITHIN, Outcome, Row, Run, read_run
 from support.show.results import format_number, format_table, mean
 
 # Metric of the test answers -> title of its panel. All but the first are for each number of images.
@@ -18,11 +18,12 @@ BARS = {
     "tau": "tau of the lists",
     "tau_values": "tau of the values",
 }
+NEAR = (*(f"within {x}" for x in WITHIN.values()), "CCC")  # metrics without a panel, of data sets that have them
 # Metric of the training steps -> title of its panel
 CURVES = {"entropy": "entropy (nats per token)", "grad norm": "gradient norm", "Var(A)": "Var(A)",
           "zero spread": "groups without spread", "mutated": "answers that RMO replaced"}  # fmt: skip
 SHARES = ("zero_spread", "mutated")
-LINES: dict[str, Any] = {"before training": ":", "blind": "--"}
+LINES: dict[str, Any] = {"before training": ":", "blind": "--", "ceiling": "-"}  # of the eyes
 
 Variants = dict[str, list[tuple[Run, Outcome]]]  # variant -> its run for each seed
 # Data set and model: what decides over the numbers of a policy that did not train or does not look
@@ -59,17 +60,18 @@ def place_of(run: Run) -> Place:
     return run.evaluate_on or (Path(root).name if root else run.settings.data), run.settings.model
 
 
-def references(variants: Variants) -> dict[Place, tuple[Row, Row]]:
-    """Place -> metrics before training and blind ones. The seeds share the test prompts, so any run there will do."""
-    found: dict[Place, tuple[Row, Row]] = {}
+def references(variants: Variants) -> dict[Place, tuple[Row, ...]]:
+    """Place -> metrics of each of LINES. The seeds share the test prompts, so any run there will do."""
+    found: dict[Place, tuple[Row, ...]] = {}
     for run, outcome in (pair for seeds in variants.values() for pair in seeds):
-        base, blind = found.get(place_of(run), ({}, {}))
-        found[place_of(run)] = (outcome.base | base, outcome.blind | blind)
+        of_run = outcome.base, outcome.blind, outcome.most
+        before = found.get(place_of(run), of_run)
+        found[place_of(run)] = tuple(new | old for new, old in zip(of_run, before, strict=True))
     return found
 
 
 def reference_rows(variants: Variants) -> Iterator[tuple[str, Row]]:
-    """A pair of rows; where their numbers differ from place to place, a pair for each, named by it."""
+    """A row for each of LINES; where their numbers differ from place to place, for each place, named by it."""
     found = references(variants)
     alike: dict[str, list[Place]] = {}
     for place, pair in found.items():
@@ -78,12 +80,13 @@ def reference_rows(variants: Variants) -> Iterator[tuple[str, Row]]:
     for places in alike.values():
         where = ", ".join(data if len(models) == 1 else f"{data} with {model}" for data, model in places)
         for name, row in zip(LINES, found[places[0]], strict=True):
-            yield (f"{name}, {where}" if len(alike) > 1 else name), row
+            if row or name != "ceiling":  # a policy has eyes that were examined, or not
+                yield (f"{name}, {where}" if len(alike) > 1 else name), row
 
 
 def columns(variants: Variants) -> list[str]:
     """Of every run together, as one may have more numbers of images: valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ..."""
-    kinds = [*BARS, "contradict", "steps to 90 %", *STEPS]
+    kinds = [*BARS, *NEAR, "contradict", "steps to 90 %", *STEPS]
     names = {name for seeds in variants.values() for _, outcome in seeds for name in outcome.row}
     return sorted(names, key=lambda name: (kinds.index(name.split("@")[0]), int(name.partition("@")[2] or 0)))
 
@@ -163,7 +166,8 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
     patches = [Patch(color=colour, label=variant) for variant, colour in colours.items()]
-    lines = [Line2D([], [], color="black", linestyle=style, label=name) for name, style in LINES.items()]
+    known = [name for name, *rows in zip(LINES, *references(variants).values(), strict=True) if any(rows)]
+    lines = [Line2D([], [], color="black", linestyle=LINES[name], label=name) for name in known]
     lines += [Line2D([], [], color="black", marker="o", markersize=3, linestyle="", label="one seed")]
     lines += [Line2D([], [], color="grey", linewidth=0.8, label="stage 2 begins")]
     title = f"{experiment}. Above: after training, bar = mean of {rests_on(variants)}. Below: while it trains, mean of the seeds"

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+import eval as evaluation
+from experiments.ceiling import ceiling
 from experiments.commands import CommandError, at_least
 from support.run.settings import SettingError, Settings, comparable, parse_settings, read_settings
 from support.show.results import mean
@@ -26,6 +29,9 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
          "mutated": "mutated", "redrawn": "redrawn", "inverted": "inverted"}  # fmt: skip
 LEARNED = 0.9  # of the sampled answers have the format
+
+
+WITHIN = {"utkface": 5}  # data set -> an error that is small there
 
 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
@@ -183,12 +189,14 @@ class Outcome:
     row    held-out metrics of the final policy, then means over the steps of training
     base   held-out metrics before training; empty if the run is evaluated elsewhere, where its base was not
     blind  MAE of the best constant, tau of the order of the prompt
+    most   what the eyes alone know, if the policy was made with a record of it (ceiling.py)
     steps  stage -> lines of metrics.jsonl
     """
 
     row: Row
     base: Row
     blind: Row
+    most: Row
     steps: dict[int, list[dict]]
 
 
@@ -218,15 +226,51 @@ def steps_until_learned(logs: list[dict]) -> float:
     return math.nan if any(map(math.isnan, first)) else float(max(first))
 
 
+def near(predictions: list[dict], within: float) -> Row:
+    """By number of images, of all valid values: the share that errs by `within` at most, and the concordance with the labels.
+
+    CCC = 2 cov / (var + var + (mean - mean)^2) (Lin 1989): 1 only for equality; lower than a correlation where values are drawn
+    to the middle, which lowers the mean error of skewed labels. The variances are of the population.
+    """
+    row: Row = {}
+    for n in sorted({len(p["labels"]) for p in predictions}):
+        valid = [p for p in predictions if len(p["labels"]) == n and p["values"] is not None]
+        x, y = (np.array([v for p in valid for v in p[key]], dtype=float) for key in ("values", "labels"))
+        if len(x):
+            spread = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+            row |= {f"within {within}@{n}": float((abs(x - y) <= within).mean())}
+            row |= {f"CCC@{n}": float(2 * ((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else math.nan}
+    return row
+
+
+def predictions_of(run: Run, policy: str) -> list[dict]:
+    file = run.folder / f"predictions_{policy.replace(' ', '')}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def eyes_alone(run: Run, within: float) -> Row:
+    """What a policy would get that writes down all that its eyes see."""
+    s = run.settings
+    seen = ceiling(s.model, s.data, s.data_root, tuple(sorted({1, *s.images})), s.eval_samples)
+    by_number = {n: [p for p in seen if len(p["labels"]) == n] for n in sorted({len(p["labels"]) for p in seen})}
+    return (
+        held_out({str(n): evaluation.summarize(of) for n, of in by_number.items()}) | near(seen, within) if seen else {}
+    )
+
+
 def read_run(run: Run) -> Outcome:
     """Raises CommandError for files that are damaged."""
     file, redo = run.results, "evaluated" if run.evaluate_on else "trained"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        row = held_out(results[[name for name in results if name.startswith("stage")][-1]])
+        last = [name for name in results if name.startswith("stage")][-1]
+        row, most = held_out(results[last]), {}
         base = {} if run.evaluate_on else held_out(results["base"])
         blind = {f"MAE@{n}": number(r["mae"]) for n, r in results["best constant by MAE"].items()}
         blind |= {f"tau@{n}": number(r["tau"]) for n, r in results["prompt order"].items()}
+        if within := WITHIN.get(run.settings.data):
+            row, base = (r | near(predictions_of(run, name), within) for r, name in ((row, last), (base, "base")))
+            most = eyes_alone(run, within)
         file, redo = run.folder / "metrics.jsonl", "trained"
         logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if run.rival == "imitation":  # it has no groups of answers
@@ -236,7 +280,7 @@ def read_run(run: Run) -> Outcome:
             raise ValueError(f"it should have {run.steps} steps")
         row |= {title: mean(log.get(key) for log in logs) for title, key in STEPS.items()}
         row["steps to 90 %"] = steps_until_learned(logs)
-        return Outcome(row, base, blind, steps)
+        return Outcome(row, base, blind, most, steps)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CommandError(f"{file} is damaged ({reason}): delete {file.parent}, and it is {redo} again") from None

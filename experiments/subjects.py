@@ -44,8 +44,8 @@ class Subject:
         return (-(((self.values - labels[:, None]) / self.bell) ** 2) / 2).softmax(-1)
 
     def read(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B,), the median of what the eyes say: of all numbers, the one whose expected error is least"""
-        return self.values[(logits.softmax(-1).cumsum(-1) < 0.5).sum(-1).clamp(max=len(self.values) - 1)]
+        """(B, V) -> (B,), what the eyes would say"""
+        return median(self.values, logits)
 
     def bad(self, label: float, rng: random.Random) -> str:
         """The value that a bad teacher says: of four coarse ones, and up to a fifth of the range off, any error as likely.
@@ -57,6 +57,11 @@ class Subject:
         coarse = min(int((label - low) / unit) // step, count // step - 1) * step + step // 2 + 1
         said = min(count - 1, max(0, coarse + rng.randint(-noise, noise)))
         return data.format_value(float(self.values[said]), self.task.decimals)
+
+
+def median(values: Tensor, logits: Tensor) -> Tensor:
+    """values (V,), logits (B, V) -> (B,): of all numbers, the one whose expected error is least"""
+    return values[((logits.softmax(-1).cumsum(-1) < 0.5).sum(-1)).clamp(max=len(values) - 1)]
 
 
 def drawn_subjects() -> list[Subject]:

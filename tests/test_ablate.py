@@ -105,6 +105,17 @@ def test_learned_is_when_the_slowest_number_of_images_first_has_the_format():
     assert runs.steps_until_learned(logs) == 5 and math.isnan(runs.steps_until_learned(logs[:5]))
 
 
+def test_nearness_by_hand():
+    """Values 1, 2, 3, 10 of labels 1, 4, 3, 4: errors 0, 2, 0, 6, means 4 and 3, mean product of deviations 2.5, variances 12.5 and 1.5."""
+    predictions = [
+        {"labels": [1, 4], "values": [1.0, 2.0]},
+        {"labels": [3, 4], "values": [3.0, 10.0]},
+        {"labels": [9, 9], "values": None},
+        {"labels": [5], "values": None},
+    ]
+    assert runs.near(predictions, 2) == {"within 2@2": 0.75, "CCC@2": pytest.approx(2 * 2.5 / (12.5 + 1.5 + 1))}
+
+
 def test_imitation_has_no_groups_of_answers(here):
     run = finish(runs.plan("run", SHORT, rival="imitation"))
     assert math.isnan(runs.read_run(run).row["mutated"]) and not math.isnan(runs.read_run(run).row["entropy"])
@@ -442,6 +453,8 @@ def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
         (["all", "--", "--data-root", "x"], "about drawings"),
         (["rmo", "--", "--preset", "utkface"], "--model"),
         (["rmo", "--", "--delta", "nan"], "--delta"),
+        (["rmo", "--only", "RMO", "nothing at all"], "'nothing at all' is no row: RMO, nothing, dynamic sampling"),
+        (["faces"], "faces needs UTKFace's aligned faces: add -- --data-root DIR"),
     ],
 )
 def test_bad_settings_are_found_before_anything_runs(argv, message, tmp_path, monkeypatch):

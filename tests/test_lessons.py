@@ -14,11 +14,12 @@ import data
 import rarl
 import reward
 from experiments import lessons
+from experiments.ceiling import EYES, ceiling
 from experiments.commands import CommandError
 from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, exact_answer, examine, read_lists, rotated
 from experiments.make_tiny import build_processor
 from experiments.subjects import SHIFT, drawn_subjects, file_subjects, moved
-from support.datasets import splits
+from support.datasets import load_dataset, splits
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +238,22 @@ def test_the_eyes_end_as_they_were_when_they_erred_least(tmp_path):
     fresh = torch.nn.Linear(1, 1)
     assert not list(Lesson("test", torch.nn.ModuleList([fresh]), 600, 1e-2, tmp_path / "eyes.pt", error))
     assert fresh.weight.item() == kept[1]  # resumed after its last step, too
+
+
+def test_the_ceiling_is_what_the_eyes_say_of_the_test_prompts(faces, policy, tmp_path):
+    root, names = faces
+    subjects = file_subjects("utkface", root, policy.image_processor, 0)
+    eyes, folder = lessons.Eyes(policy, subjects), tmp_path / "model"
+    torch.nn.init.normal_(eyes.head.weight, std=3.0)
+    assert ceiling(str(tmp_path), "utkface", str(root), (1, 4), 5) == []  # no such head
+    rarl.save_policy(policy, folder)
+    eyes.save(folder / EYES)
+    predictions = ceiling(str(folder), "utkface", str(root), (1, 4), 5)
+    test = {item.name: item for item in load_dataset("utkface", root, "test")}
+    samples = [sample for n in (1, 4) for sample in data.make_samples(list(test.values()), n, 5)]
+    assert [p["items"] for p in predictions] == [[item.name for item in sample.items] for sample in samples]
+    said = {name: float(eyes.read(subjects[0], [item])) for name, item in test.items()}
+    assert len(set(said.values())) > 3
+    for p in predictions:
+        assert p["strict"] and p["values"] == [said[name] for name in p["items"]]
+        assert [p["values"][i - 1] for i in p["order"]] == sorted(p["values"])
