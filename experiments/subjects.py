@@ -70,13 +70,13 @@ def drawn_subjects() -> list[Subject]:
     def stream(name: str, start: int, count: int) -> list[data.Item]:
         return [drawn_item(name, f"{name}/tiny/{i}") for i in range(start, start + count)]
 
+    def fresh(name: str, step: int, count: int) -> list[data.Item]:
+        return stream(name, step * count, count)
+
     return [
-        Subject(
-            task, torch.arange(21), 1.0,
-            fresh=lambda step, count, name=name: stream(name, step * count, count), kept=partial(stream, name, 10**8),
-        )
+        Subject(task, torch.arange(21), 1.0, partial(fresh, name), partial(stream, name, 10**8))
         for name, (task, *_) in DRAWN.items()
-    ]  # fmt: skip
+    ]
 
 
 def file_subjects(name: str, root: str | Path | None, processor, seed: int) -> list[Subject]:
@@ -89,18 +89,17 @@ def file_subjects(name: str, root: str | Path | None, processor, seed: int) -> l
     for task, pool in data.make_pools(train, max(IMAGES)).items():
         low, high = min(i.label for i in pool), max(i.label for i in pool)
         if low == high:
-            raise data.DataError(
-                f"all labels of {task.name} in the train split are {low:g}: there is nothing to tell apart"
-            )
+            raise data.DataError(f"all labels of {task.name} in the train split are {low:g}: nothing to tell apart")
         unit = max(10.0**-task.decimals, (high - low) / (MOST_VALUES - 1))
         values = low + unit * torch.arange(math.ceil((high - low) / unit - 1e-6) + 1)
         items, held_out = ([small(i, processor) for i in some if i.task == task] for some in (pool, val))
-        subjects.append(
-            Subject(
-                task, values, max(unit, 0.3 * task.delta), shuffled(items, seed), lambda n, x=items: x[:n], held_out
-            )
-        )
+        bell = max(unit, 0.3 * task.delta)  # ages: 3 years
+        subjects.append(Subject(task, values, bell, shuffled(items, seed), partial(first, items), held_out))
     return subjects
+
+
+def first(items: list[data.Item], count: int) -> list[data.Item]:
+    return items[:count]
 
 
 def small(item: data.Item, processor) -> data.Item:
