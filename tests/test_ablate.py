@@ -453,7 +453,7 @@ def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
         (["all", "--", "--data-root", "x"], "about drawings"),
         (["rmo", "--", "--preset", "utkface"], "--model"),
         (["rmo", "--", "--delta", "nan"], "--delta"),
-        (["rmo", "--only", "RMO", "nothing at all"], "'nothing at all' is no row: RMO, nothing, dynamic sampling"),
+        (["rmo", "--only", "RMO", "nothing at all"], "'nothing at all' is no row: nothing, RMO,"),
         (["faces"], "faces needs UTKFace's aligned faces: add -- --data-root DIR"),
     ],
 )
