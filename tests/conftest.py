@@ -1,11 +1,42 @@
-"""Shared by the tests: one small random policy. The leaves' own tests (test_reward, test_grpo, test_rmo) need nothing of it."""
+"""Shared by the tests: one small random policy, one short run, and what belongs to pytest and is given back to it. The leaves'
+own tests (test_reward, test_grpo, test_rmo) need nothing of it."""
 
+import contextlib
+import io
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["OMP_NUM_THREADS"] = "1"  # in all processes: other numbers of threads round differently
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    with contextlib.suppress(ImportError):  # the leaves' tests without torch
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def signals():
+    """train.py listens to signals; here they belong to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -34,29 +65,31 @@ def policy_folder(policy, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A short run of both stages on the embedded policy, never interrupted. -> its folder, what it printed"""
-    import contextlib
-    import io
-    import os
+def run_both_stages(tmp_path_factory):
+    """A short run of both stages on the embedded policy, never interrupted. -> where it ran, what it printed"""
+    from runs import copies_when_logged, train_here
 
-    from runs import train_here
-
-    folder, here, printed = tmp_path_factory.mktemp("finished"), os.getcwd(), io.StringIO()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(printed):
-            train_here("--watch-every", "24")
-    finally:
-        os.chdir(here)
-    return folder / "runs" / "rarl", printed.getvalue()
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), copies_when_logged((1, 1), (2, 1)):
+        patch.chdir(folder)
+        patch.setattr("support.show.monitor.watch_curves", lambda folder: None)  # slow; see test_curves.py
+        train_here("--watch-every", "24")
+    return folder, printed.getvalue()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """As in the tests' other processes (OMP_NUM_THREADS=1): other numbers of threads round differently."""
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.set_num_threads(1)
+@pytest.fixture(scope="session")
+def finished(run_both_stages):
+    """-> the folder of that run (not to be written to), what it printed"""
+    folder, printed = run_both_stages
+    return folder / "runs" / "rarl", printed
+
+
+@pytest.fixture
+def killed(run_both_stages, here):
+    """-> function: stage -> the folder, here, of that run as if it was killed in the stage's second step, after a checkpoint"""
+
+    def copy(stage):
+        shutil.copytree(run_both_stages[0] / f"killed-{stage}-1", "runs")
+        return here / "runs" / "rarl"
+
+    return copy

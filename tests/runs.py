@@ -1,13 +1,15 @@
-"""Short runs of train.py for the tests: in this process where possible, as torch takes seconds to import."""
+"""Short runs of train.py for the tests: in this process or in a forked one, as torch takes seconds to import."""
 
+import contextlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
+import socket
 from pathlib import Path
 
-import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
 
 import train
 from support.learner.world import World
@@ -15,22 +17,10 @@ from support.show.monitor import Monitor
 
 CPU = World(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--steps1", "3", "--steps2", "3", "--batch-size", "4", "--group-size", "4", "--images", "2", "4",
-         "--eval-samples", "4", "--checkpoint-every", "1", "--workers", "0",
+SMALL = ["--steps1", "2", "--steps2", "2", "--batch-size", "4", "--group-size", "4", "--images", "1", "2",
+         "--eval-samples", "3", "--checkpoint-every", "1", "--workers", "0",
          "--validate-every", "1", "--val-samples", "2", "--watch-every", "0"]  # fmt: skip
-
-
-def command(*arguments, processes=1):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*start, str(ROOT / "train.py"), *SMALL, *arguments]
-
-
-def run_here(folder, command):
-    """In a process of its own. One thread, as in the tests' process: other numbers of threads round differently."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+TINY = ["--steps1", "1", "--steps2", "1", "--batch-size", "2", "--images", "2", "--eval-samples", "1"]  # after SMALL
 
 
 def train_here(*arguments):
@@ -38,23 +28,69 @@ def train_here(*arguments):
     return train.main([*SMALL, *arguments])
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- killed runs -----------------------------------------------------------------------------------------------------
+
+
 class Killed(BaseException):
     """Stands for SIGKILL in this process: no handler of the program catches it."""
 
 
-def train_until_killed(stage, step, *arguments):
-    """In this process. Killed when that step is logged, before it is in a checkpoint."""
+@contextlib.contextmanager
+def copies_when_logged(*places):
+    """Copies runs/ to killed-STAGE-STEP/ when that step is logged, before it is in a checkpoint: as SIGKILL would leave it."""
     honest = Monitor.log
 
-    def log(self, at, *rest):
-        honest(self, at, *rest)
-        if (self.stage, at) == (stage, step):
-            raise Killed
+    def log(self, step, *rest):
+        honest(self, step, *rest)
+        if (self.stage, step) in places:
+            shutil.copytree("runs", f"killed-{self.stage}-{step}")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Monitor, "log", log)
-        train_here(*arguments)
+    Monitor.log = log
+    try:
+        yield
+    finally:
+        Monitor.log = honest
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# --- processes of their own ------------------------------------------------------------------------------------------
+
+forks = multiprocessing.get_context("forkserver")  # one process imports everything once; others are forked from it
+forks.set_forkserver_preload(["runs"])
+
+
+def start(folder, *arguments, **environment):
+    """train.py in a process of its own, which prints to folder/log. -> multiprocessing.Process"""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests")]
+    )  # for the server, which inherits no path
+    process = forks.Process(target=_train, args=(folder, [*SMALL, *arguments], environment))
+    process.start()
+    return process
+
+
+def _train(folder, arguments, environment):
+    os.chdir(folder)
+    os.environ.update(environment)
+    log = os.open(f"log{environment.get('RANK', '')}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    torch.set_num_threads(1)
+    if environment.get("RANK", "0") != "0":
+        Backbone.from_pretrained = None  # the main process alone reads the weights
+    train.main(arguments)
+
+
+def train_in_two(folder, *arguments):
+    """Two processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [start(folder, *arguments, RANK=rank, LOCAL_RANK=rank, **launcher) for rank in "01"]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0], (folder / "log0").read_text() + (
+        folder / "log1"
+    ).read_text()

@@ -8,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from runs import CPU, ROOT, command, lines, run_here, train_here, train_until_killed
+from runs import CPU, ROOT, TINY, copies_when_logged, lines, train_here, train_in_two
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -220,13 +220,13 @@ def test_a_frozen_vision_tower_is_run_once(policy_folder, prompts):
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-RUN = ["--lora-rank", "4", "--lora-alpha", "8", "--lr", "5e-3", "--steps1", "2", "--steps2", "2"]
+RUN = [*TINY, "--lora-rank", "4", "--lora-alpha", "8", "--lr", "5e-3", "--steps1", "2", "--steps2", "2"]
 
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
-    with pytest.MonkeyPatch().context() as patch:
-        folder = tmp_path_factory.mktemp("lora")
+    folder = tmp_path_factory.mktemp("lora")
+    with pytest.MonkeyPatch().context() as patch, copies_when_logged((1, 1), (2, 1)):
         patch.chdir(folder)
         train_here(*RUN)
     return folder / "runs" / "rarl"
@@ -247,9 +247,8 @@ def test_a_run_leaves_adapters_over_the_base(lora_run):
     assert "model.safetensors" not in files
     stages = [load_file(lora_run / f"stage{i}" / "adapter_model.safetensors") for i in (1, 2)]
     assert all((stages[0][name] != stages[1][name]).any() for name in stages[0])  # stage 2 goes on with stage 1's
-    assert json.loads((lora_run / "stage2/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        ROOT / "tiny"
-    )
+    config = json.loads((lora_run / "stage2/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(ROOT / "tiny")
     assert "PeftModel" in (lora_run / "stage2/README.md").read_text()
 
 
@@ -262,28 +261,22 @@ def test_an_adapter_is_evaluated_and_ranks_like_whole_weights(lora_run, tmp_path
     assert len(lines(tmp_path / "ranking.jsonl")) == 3
 
 
-def test_killed_in_both_stages_and_resumed_is_as_if_never_stopped(lora_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "runs" / "rarl"
-    train_until_killed(1, 1, *RUN)
-    train_until_killed(2, 1, *RUN, "--resume")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_and_resumed_is_as_if_never_stopped(lora_run, here, signals, stage):
+    shutil.copytree(lora_run.parent.parent / f"killed-{stage}-1", "runs")
+    run = here / "runs" / "rarl"
     # The base is not in a checkpoint: nothing but A, B and their two moments.
-    saved = load_file(next((run / "checkpoints" / "2-0000001").glob("*.safetensors")))
+    saved = load_file(next((run / "checkpoints" / f"{stage}-0000001").glob("*.safetensors")))
     weights = [name for name in saved if name.startswith("weights.")]
     assert len(weights) == 2 * 28 and all(name.endswith((".A", ".B")) for name in weights)
     train_here(*RUN, "--resume")
-    for file in (
-        "metrics.jsonl",
-        "results.json",
-        "stage1/adapter_model.safetensors",
-        "stage2/adapter_model.safetensors",
-    ):
-        assert (run / file).read_bytes() == (lora_run / file).read_bytes(), file
+    names = ("metrics.jsonl", "results.json", "stage1/adapter_model.safetensors", "stage2/adapter_model.safetensors")
+    for name in names:
+        assert (run / name).read_bytes() == (lora_run / name).read_bytes(), name
 
 
 def test_two_processes_take_the_same_steps(lora_run, tmp_path):
-    done = run_here(tmp_path, command(*RUN, "--stage", "1", "--images", "1", "--eval-samples", "1", processes=2))
-    assert done.returncode == 0, done.stderr
+    train_in_two(tmp_path, *RUN, "--stage", "1")
     two = tmp_path / "runs" / "rarl"
     for a, b in zip(lines(lora_run / "metrics.jsonl")[:2], lines(two / "metrics.jsonl"), strict=True):
         for name in ("reward", "loss", "grad_norm", "entropy", "kl"):

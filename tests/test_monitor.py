@@ -4,15 +4,15 @@ import importlib.util
 import json
 import math
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from runs import lines, train_here
+from runs import TINY, lines, train_here
 
 import data
 import reward
-import train
 from support.datasets import load_dataset
 from support.learner.stage import Batch, RewardWeights, Stage
 from support.run.settings import Settings
@@ -105,8 +105,6 @@ def test_dead_starts_are_named():
 
 # --- trackers -----------------------------------------------------------------------------------------------
 
-SHORT = ["--steps1", "1", "--steps2", "1", "--images", "2", "--eval-samples", "1", "--watch-every", "0"]
-
 
 @pytest.fixture
 def installed(monkeypatch):
@@ -138,31 +136,33 @@ def installed(monkeypatch):
     return told
 
 
-@pytest.mark.parametrize("library", ["tensorboard", "wandb"])
-def test_what_is_written_is_sent_under_the_same_names(tmp_path, monkeypatch, installed, library):
-    monkeypatch.chdir(tmp_path)
-    train_here(*SHORT, "--track", library)
-    metrics = lines(tmp_path / "runs/rarl/metrics.jsonl")
-    if library == "wandb":  # once for both stages
-        (started,) = installed.started
-        assert started["name"] == "rarl" and started["config"]["steps1"] == 1
-        scalars = [(name, value, step) for numbers, step in installed.logs for name, value in numbers.items()]
-    else:
-        assert installed.started == ["runs/rarl/tensorboard"] * 2 and installed.purged == [0, 1]
-        scalars = installed.scalars
-    for step, line in enumerate(metrics):  # stage 2 goes on where stage 1 ended
+def test_what_is_written_is_sent_under_the_same_names(here, signals, installed):
+    train_here(*TINY, "--track", "wandb")
+    (started,) = installed.started  # once for both stages
+    assert started["name"] == "rarl" and started["config"]["steps1"] == 1
+    scalars = [(name, value, step) for numbers, step in installed.logs for name, value in numbers.items()]
+    for step, line in enumerate(lines(here / "runs/rarl/metrics.jsonl")):  # stage 2 goes on where stage 1 ended
         for name in line.keys() - {"stage", "step"}:
             assert line[name] is None or (name, line[name], step) in scalars
     assert {name for name, _, step in scalars if step == 1} >= {"validation/reward", "validation/2/tau", "reward"}
 
 
-def test_what_is_not_installed_is_named_before_anything_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_tensorboard_goes_on_at_the_step_that_comes_next(installed):
+    send = monitor.start_tracker(Settings(track="tensorboard"), Path("runs/rarl"), 7, True)
+    send(7, {"reward": 1.0, "ranking": None})
+    assert (installed.started, installed.purged, installed.scalars) == (
+        ["runs/rarl/tensorboard"],
+        [7],
+        [("reward", 1.0, 7)],
+    )
+
+
+def test_what_is_not_installed_is_named_before_anything_starts(here, signals, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        train.main([*SHORT, "--track", "wandb"])
+        train_here("--track", "wandb")
     assert "--track wandb: the package wandb is not installed: pip install wandb" in capsys.readouterr().err
-    assert not (tmp_path / "runs" / "rarl").exists()
+    assert not (here / "runs" / "rarl").exists()
     assert (
-        monitor.start_tracker(Settings(), tmp_path, 0, True)(0, {"reward": 1.0}) is None
+        monitor.start_tracker(Settings(), here, 0, True)(0, {"reward": 1.0}) is None
     )  # nothing asked for, nothing sent

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from runs import lines, train_here, train_until_killed
-from test_resume import assert_same
+from runs import copies_when_logged, lines, train_here
 from torch import nn
 
 from support.learner.offload import HostAdamW
@@ -33,21 +32,22 @@ def test_steps_are_those_of_adamw():
         assert all(torch.equal(x, host_optimizer.state[a][name]) for name, x in optimizer.state[b].items())
 
 
-def test_a_run_is_the_same_with_offload_also_if_it_was_killed(finished, tmp_path, monkeypatch):
-    out, _ = finished
-    monkeypatch.chdir(tmp_path)
-    made = []
-    monkeypatch.setattr(
-        HostAdamW, "__init__", lambda self, *a, init=HostAdamW.__init__, **k: made.append(init(self, *a, **k))
-    )
-    train_until_killed(2, 1, "--offload")
-    assert len(lines(tmp_path / "runs/rarl/metrics.jsonl")) == 5 and len(made) == 2  # one for each stage
-    train_here("--resume")
-    assert len(made) == 3
-    assert_same(out, tmp_path / "runs" / "rarl")
+def test_a_stage_is_the_same_with_offload_also_if_it_was_killed(finished, here, signals, monkeypatch):
+    out, made = finished[0], []
+    init = HostAdamW.__init__
+    monkeypatch.setattr(HostAdamW, "__init__", lambda self, *a, **k: made.append(init(self, *a, **k)))
+    with copies_when_logged((1, 1)):
+        train_here("--offload", "--stage", "1", "--eval-samples", "1")
+    (here / "killed-1-1" / "rarl").rename(here / "runs" / "again")
+    train_here("--offload", "--stage", "1", "--eval-samples", "1", "--name", "again", "--resume")
+    assert len(made) == 2
+    for run in ("rarl", "again"):
+        assert lines(here / "runs" / run / "metrics.jsonl") == lines(out / "metrics.jsonl")[:2]
+        weights = (f / "stage1" / "model.safetensors" for f in (out, here / "runs" / run))
+        assert len({file.read_bytes() for file in weights}) == 1
 
 
-def test_several_processes_and_adapters_need_no_offload(monkeypatch, capsys):
+def test_several_processes_and_adapters_need_no_offload(here, signals, monkeypatch, capsys):
     monkeypatch.setattr("train.start_world", lambda device: type("World", (), {"size": 2, "main": True})())
     for more, said in ([], "--offload is for one process"), (["--lora-rank", "2"], "is of no use with --lora-rank"):
         with pytest.raises(SystemExit):

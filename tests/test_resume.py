@@ -1,16 +1,14 @@
 """Runs that are stopped: killed anywhere and resumed, the result is byte for byte that of a run that never stopped."""
 
-import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Killed, command, lines, train_here, train_until_killed
+from runs import TINY, lines, start, train_here
 
 import train
 from support.show.monitor import Monitor
@@ -26,36 +24,36 @@ def assert_same(out, again):
     assert not (again / "checkpoints").exists() and not list(again.glob("*.writing")) and not list(again.glob("*.old"))
 
 
-def test_one_owner_that_is_killed_and_resumed_as_if_never_stopped(finished, tmp_path, monkeypatch, capsys):
-    """While a run goes on, a second start or resume is refused. SIGKILL in stage 1, a death in stage 2, a new name."""
-    out, _ = finished
-    metrics = tmp_path / "runs" / "rarl" / "metrics.jsonl"
-    with open(tmp_path / "log", "w") as log:
-        threads = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command(), cwd=tmp_path, env=threads, stdout=log, stderr=subprocess.STDOUT)
-    end = time.time() + 120
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_is_resumed_as_if_never_stopped(finished, killed, signals, stage):
+    """Also under another name and with what an out-of-memory error asks for."""
+    run = killed(stage)
+    assert len(lines(run / "metrics.jsonl")) == 2 * stage
+    run.rename("runs/renamed")
+    train_here("--resume", "--name", "renamed", "--max-tokens-per-forward", "30000")
+    assert_same(finished[0], Path("runs/renamed"))
+
+
+def test_one_owner(here, signals, capsys):
+    """While a run goes on, a second start or resume is refused; SIGKILL ends that."""
+    metrics = here / "runs" / "rarl" / "metrics.jsonl"
+    arguments = [*TINY, "--steps1", "3", "--steps2", "0", "--validate-every", "0"]
+    process, end = start(here, *arguments), time.time() + 120
     while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None and time.time() < end, "the run ended before it could be stopped"
+        assert process.is_alive() and time.time() < end, "the run ended before it could be stopped"
         time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)
-    monkeypatch.chdir(tmp_path)
+    os.kill(process.pid, signal.SIGSTOP)
     for more in ([], ["--resume"]):
         with pytest.raises(SystemExit):
-            train_here(*more)
+            train_here(*arguments, *more)
         assert f"belongs to a run that is still going (process {process.pid} on" in capsys.readouterr().err
     process.kill()
-    process.wait()
-    assert metrics.read_text() != (out / "metrics.jsonl").read_text()
-    train_until_killed(2, 1, "--resume")
-    assert len(lines(metrics)) == 5
-    metrics.parent.rename(tmp_path / "runs" / "renamed")
-    train_here("--resume", "--name", "renamed", "--max-tokens-per-forward", "30000")
-    assert_same(out, tmp_path / "runs" / "renamed")
+    process.join()
+    train_here(*arguments, "--resume")
+    assert [line["step"] for line in lines(metrics)] == [0, 1, 2]
 
 
-def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, capsys):
-    out, _ = finished
-    monkeypatch.chdir(tmp_path)
+def test_sigterm_saves_and_damage_is_noticed(finished, here, signals, monkeypatch, capsys):
     honest = Monitor.log
 
     def log(self, step, *rest):
@@ -80,91 +78,63 @@ def test_sigterm_saves_and_damage_is_noticed(finished, tmp_path, monkeypatch, ca
     assert "--lr 0.0003, not 1e-05" in capsys.readouterr().err
     train.main(["--resume"])
     assert f"checkpoint {checkpoints[-1]} is damaged" in capsys.readouterr().err
-    assert_same(out, tmp_path / "runs" / "rarl")
+    assert_same(finished[0], here / "runs" / "rarl")
 
 
-def test_two_threads_give_the_same_bits_also_when_stopped(tmp_path, monkeypatch):
+def test_two_threads_give_the_same_bits(here, signals):
     """Nothing in an update adds in an order that threads decide."""
-    files = []
     torch.set_num_threads(2)
     try:
-        for name in ("one", "two", "killed"):
-            (tmp_path / name).mkdir()
-            monkeypatch.chdir(tmp_path / name)
-            if name == "killed":
-                train_until_killed(2, 1, "--eval-samples", "1")
-            train_here("--eval-samples", "1", *(["--resume"] if name == "killed" else []))
-            run = tmp_path / name / "runs" / "rarl"
-            files.append([(run / file).read_bytes() for file in ("metrics.jsonl", "stage2/model.safetensors")])
+        for name in ("rarl", "again"):
+            train_here(*TINY, "--steps1", "0", "--images", "4", "--validate-every", "0", "--name", name)
     finally:
         torch.set_num_threads(1)
-    assert files[0] == files[1] == files[2]
+    for file in ("metrics.jsonl", "stage2/model.safetensors"):
+        assert Path("runs/rarl", file).read_bytes() == Path("runs/again", file).read_bytes()
 
 
-TINY = ["--steps1", "1", "--steps2", "1", "--batch-size", "2", "--images", "2", "--eval-samples", "1"]
-
-
-@contextlib.contextmanager
-def dying_at(monkeypatch, call):
-    """Killed before the call-th of all renames and deletions of folders. -> those that were made, as words"""
-    made = []
-
-    def watch(honest, name):
-        def watched(*args, **kwargs):
-            made.append(f"{name} {args[0]}")
-            if len(made) == call:
-                raise Killed
-            return honest(*args, **kwargs)
-
-        return watched
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", watch(os.replace, "replace"))
-        patch.setattr(Path, "rename", watch(Path.rename, "rename"))
-        patch.setattr(shutil, "rmtree", watch(shutil.rmtree, "rmtree"))
-        yield made
+DEATHS = {  # before which rename or deletion, and the how-manieth of that kind
+    "replace runs/rarl/settings.json": 0,  # nothing is saved yet
+    "rename runs/rarl/checkpoints/": 0,  # the first checkpoint is written, but has not its name yet
+    "rename runs/rarl/stage1.writing": 0,
+    "replace runs/rarl/results.json": 2,  # the last one
+    "replace runs/rarl/results.txt": 0,
+    "rmtree runs/rarl/checkpoints ": 0,  # the last clean-up
+}
 
 
 @pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory):
-    """-> the folder of a minimal run, and the renames and deletions that it makes"""
+def deaths(tmp_path_factory):
+    """A minimal run, and beside it runs/ as each of the DEATHS would leave it. -> where they are"""
+    folder, met = tmp_path_factory.mktemp("deaths"), []
+
+    def watched(honest, name):
+        def watch(path, *rest, **how):
+            for what, which in DEATHS.items():
+                if f"{name} {path} ".startswith(what):
+                    met.append(what)
+                    if met.count(what) == which + 1:
+                        shutil.copytree("runs", what.replace("/", " "))
+            return honest(path, *rest, **how)
+
+        return watch
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("never_stopped"))
-        with dying_at(patch, 0) as made:
-            train_here(*TINY)
-        return Path.cwd() / "runs" / "rarl", made
-
-
-@pytest.mark.parametrize(
-    "what, which",
-    [
-        ("replace runs/rarl/settings.json", 0),  # nothing is saved yet
-        ("rename runs/rarl/checkpoints/", 0),  # the first checkpoint is written, but has not its name yet
-        ("rename runs/rarl/stage1.writing", 0),
-        ("replace runs/rarl/results.json", -1),
-        ("replace runs/rarl/results.txt", 0),
-    ],
-)
-def test_death_before_any_kind_of_rename_loses_nothing(never_stopped, tmp_path, monkeypatch, capsys, what, which):
-    out, calls = never_stopped
-    place = [number for number, call in enumerate(calls, start=1) if call.startswith(what)][which]
-    monkeypatch.chdir(tmp_path)
-    with dying_at(monkeypatch, place), pytest.raises(Killed):
+        patch.chdir(folder)
+        for owner, name in ((os, "replace"), (Path, "rename"), (shutil, "rmtree")):
+            patch.setattr(owner, name, watched(getattr(owner, name), name))
         train_here(*TINY)
-    capsys.readouterr()
-    train_here("--resume", *TINY)
-    assert ("nothing is saved in runs/rarl yet" in capsys.readouterr().err) == ("settings" in what)
-    assert_same(out, tmp_path / "runs" / "rarl")
+    assert met.count("replace runs/rarl/results.json") == 3
+    return folder
 
 
-def test_death_in_the_last_clean_up_is_no_death(never_stopped, tmp_path, monkeypatch, capsys):
-    """results.txt is written before anything is cleaned up: a run that died after it is not trained again."""
-    out, calls = never_stopped
-    monkeypatch.chdir(tmp_path)
-    with dying_at(monkeypatch, len(calls)) as made, pytest.raises(Killed):
-        train_here(*TINY)
-    assert made[-1] == "rmtree runs/rarl/checkpoints"
-    monkeypatch.setattr(train, "train_stage", None)  # whoever trains, fails
+@pytest.mark.parametrize("what", DEATHS)
+def test_death_before_any_kind_of_rename_loses_nothing(deaths, here, signals, monkeypatch, capsys, what):
+    shutil.copytree(deaths / what.replace("/", " "), "runs")
+    if "rmtree" in what:  # results.txt is there already: a run that died after it is not trained again
+        monkeypatch.setattr(train, "train_stage", None)  # whoever trains, fails
     train_here("--resume", *TINY)
-    assert "is complete" in capsys.readouterr().out
-    assert_same(out, tmp_path / "runs" / "rarl")
+    said = capsys.readouterr()
+    assert ("nothing is saved in runs/rarl yet" in said.err) == ("settings" in what)
+    assert ("is complete" in said.out) == ("rmtree" in what)
+    assert_same(deaths / "runs" / "rarl", here / "runs" / "rarl")

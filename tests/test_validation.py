@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from runs import lines, train_here, train_until_killed
+from runs import TINY, copies_when_logged, lines, train_here
 from small_data import make_images
 
 import data
@@ -15,50 +15,29 @@ from support.learner.stage import RewardWeights, Stage
 from support.run.checkpoints import Best
 from support.run.preflight import validation_prompts
 
-SHORT = ["--stage", "1", "--eval-samples", "1", "--watch-every", "0"]
+SHORT = ["--stage", "1", *TINY, "--steps1", "3"]
 
 
-@pytest.fixture
-def scripted(tmp_path, monkeypatch):
-    """A run here whose validations give these shares in turn. -> function: shares -> the weights that each one saw"""
-    monkeypatch.chdir(tmp_path)
+def test_a_stage_ends_with_its_best_policy_also_if_it_was_killed(here, signals, monkeypatch, capsys):
+    """Three validations, of which the first is best; killed in step 2, after a checkpoint whose last policy is another."""
+    shares, seen = [0.5, 0.3, 0.4], []
 
-    def script(*shares):
-        seen = {}
+    def validate(learner, stage):
+        seen.append({name: p.detach().clone() for name, p in learner.policy.model.named_parameters()})
+        return [shares[len(seen) - 1]] * 4, {}
 
-        def validate(learner, stage):
-            step = 1 + len(lines(tmp_path / "runs/rarl/validation.jsonl"))
-            seen[step] = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
-            return [shares[step - 1]] * 4, {}
-
-        monkeypatch.setattr(train, "validate", validate)
-        return seen
-
-    return script
-
-
-def assert_ends_with(folder, weights):
-    saved = dict(rarl.load_policy(folder / "stage1").model.named_parameters())
-    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
-
-
-@pytest.mark.parametrize("shares, best", [((0.3, 0.5, 0.4), 2), ((0.3, 0.4, 0.5), 3)])
-def test_a_stage_ends_with_its_best_policy(scripted, tmp_path, capsys, shares, best):
-    seen = scripted(*shares)
-    train_here(*SHORT)
-    assert_ends_with(tmp_path / "runs/rarl", seen[best])
-    assert f"the stage ends with its policy after step {best}," in capsys.readouterr().err
-    assert [l["reward"] for l in lines(tmp_path / "runs/rarl/validation.jsonl")] == list(shares)
-
-
-def test_the_best_policy_survives_a_kill(scripted, tmp_path):
-    """Killed in step 2 after a checkpoint whose best policy is an older one than its last."""
-    seen = scripted(0.5, 0.3, 0.4)
-    train_until_killed(1, 2, *SHORT)
-    best = seen.pop(1)
-    train_here(*SHORT, "--resume")
-    assert seen.keys() == {2, 3}
-    assert_ends_with(tmp_path / "runs/rarl", best)
+    monkeypatch.setattr(train, "validate", validate)
+    with copies_when_logged((1, 2)):
+        train_here(*SHORT)
+    assert "the stage ends with its policy after step 1," in capsys.readouterr().err
+    assert [l["reward"] for l in lines(here / "runs/rarl/validation.jsonl")] == shares
+    (here / "killed-1-2" / "rarl").rename(here / "runs" / "again")
+    shares += shares[2:]
+    train_here(*SHORT, "--resume", "--name", "again")
+    for run in ("rarl", "again"):
+        saved = dict(rarl.load_policy(here / "runs" / run / "stage1").model.named_parameters())
+        assert saved.keys() == seen[0].keys() and all(torch.equal(saved[name], seen[0][name]) for name in saved)
+        assert not all(torch.equal(saved[name], seen[2][name]) for name in saved)
 
 
 def test_what_is_measured(policy):
@@ -66,9 +45,8 @@ def test_what_is_measured(policy):
     items = load_dataset("dots", split="val")
     stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 10, validation_prompts(items, (4, 2), 3))
     assert list(stage.validation) == [2, 4] and {len(s.items) for s in stage.validation[4]} == {4}
-    assert all(
-        item.name.startswith("dots/val/") for some in stage.validation.values() for s in some for item in s.items
-    )
+    shown = [item for some in stage.validation.values() for sample in some for item in sample.items]
+    assert all(item.name.startswith("dots/val/") for item in shown)
     learner = train.Learner(policy, train.start_world("cpu"), train.Settings())
     shares, rows = train.validate(learner, stage)
     assert shares == [0.0] * 6 and rows[2]["valid"] == 0 and rows[4]["n"] == 3
@@ -76,14 +54,8 @@ def test_what_is_measured(policy):
 
 def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
     """Exact lists of 2, and for 4 images every value 2 off with delta 4: R_reg 0.75 of 1, so 2.75 / 3."""
-    stage = Stage(
-        2,
-        1,
-        None,
-        RewardWeights(1, 1, 1),
-        10,
-        validation_prompts(load_dataset("dots", split="val"), (2, 4), 3),
-    )
+    prompts = validation_prompts(load_dataset("dots", split="val"), (2, 4), 3)
+    stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 10, prompts)
 
     def truth(policy, samples, *rest):
         off = 2 if len(samples[0].items) == 4 else 0
@@ -100,30 +72,17 @@ def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
     assert shares == pytest.approx([1] * 3 + [2.75 / 3] * 3)
 
 
-def test_without_a_val_split_the_last_policy_is_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_val_split_the_last_policy_is_kept(here, signals, capsys):
     names = [f"{i}.png" for i in range(12)]
-    make_images(tmp_path / "photos", names)
-    with open(tmp_path / "photos" / "labels.csv", "w", newline="") as file:
+    make_images(here / "photos", names)
+    with open(here / "photos" / "labels.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "label", "split"])
         rows.writerows([name, i, "test" if i % 3 == 0 else "train"] for i, name in enumerate(names))
-    train_here(
-        *SHORT,
-        "--data",
-        "csv",
-        "--data-root",
-        "photos",
-        "--question",
-        "How ripe?",
-        "--images",
-        "2",
-        "--batch-size",
-        "2",
-    )
+    train_here(*SHORT, "--steps1", "1", "--data", "csv", "--data-root", "photos", "--question", "How ripe?")
     said = capsys.readouterr().err
     assert "val split of csv is empty: no validation" in said and "the best in validation" not in said
-    assert lines(tmp_path / "runs/rarl/validation.jsonl") == []
+    assert lines(here / "runs/rarl/validation.jsonl") == []
     assert validation_prompts(load_dataset("dots", split="val")[:3], (1, 2, 4), 5).keys() == {1, 2}
 
 
