@@ -128,13 +128,11 @@ def test_broken_annotations(tmp_path, change):
     assert "instances_val2017.json is not a COCO instances file" in look("coco", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("root", "said"), [("nul\0byte", "is not a folder"), ("x" * 5000, "is not a folder"), ("pipe", "is not a folder")]
-)
-def test_bad_roots(tmp_path, root, said):
+@pytest.mark.parametrize("root", ["nul\0byte", "x" * 5000, "pipe"])
+def test_bad_roots(tmp_path, root):
     os.mkfifo(tmp_path / "pipe")
     for kind in ("csv", "folder", "coco"):
-        with pytest.raises(data.DataError, match=said):
+        with pytest.raises(data.DataError, match="is not a folder"):
             load_dataset(kind, tmp_path / root)
 
 
@@ -166,9 +164,10 @@ def test_labels_that_make_no_task_say_what_was_left_out(tmp_path):
     assert "from 1e-09 to 1e+12" in look("folder", tmp_path, "--delta", "1e300")
 
 
-def test_interrupted_while_it_starts_is_one_line(tmp_path):
+@pytest.mark.parametrize("program", ["data.py", "eval.py", "train.py"])
+def test_interrupted_while_it_starts_is_one_line(tmp_path, program):
     """Ctrl-C in the first second, while torch is imported."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "dots"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    done = subprocess.run([sys.executable, str(ROOT / program)], env=os.environ | {"PYTHONPATH": str(tmp_path)},
                           cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
-    assert (done.returncode, done.stderr) == (130, "data.py: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, f"{program}: interrupted\n")

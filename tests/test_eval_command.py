@@ -2,17 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from fakes import answer, scripted_policy, talking_policy
 from PIL import Image
 
@@ -55,11 +52,8 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
     assert table[1].split()[:4] == ["hub-id", "100.0%", "3", "0.000"]
     assert table[6].split() == ["hub-id", "0.0%", "3", "-", "-", "-", "-", "0.000", "-", "-", "0"]
     # Below each policy what one would get that looks at no image.
-    assert [line.split(":")[0].split("  ")[0] for line in table[7:10]] == [
-        "best constant by R_reg",
-        "best constant by MAE",
-        "prompt order",
-    ]
+    blind = ["best constant by R_reg", "best constant by MAE", "prompt order"]
+    assert [line.split(":")[0].split("  ")[0] for line in table[7:10]] == blind
     assert output.err.splitlines()[:2] == ["reading dots ...", "asked: How many dots are in the image? (delta 2)"]
     results = json.loads((tmp_path / "new/out/results.json").read_text())
     assert results["hub-id"]["1"]["mae"] == 0 and results["hub-id"]["2"]["mae"] is None
@@ -73,21 +67,16 @@ def test_command_writes_table_answers_and_picture(policy, tmp_path, monkeypatch,
     ("arguments", "message"),
     [
         ("--model {tmp}/missing --data dots", "missing does not exist"),
-        ("--model runs/mistyped --data dots", "mistyped does not exist"),
         ("--model {tmp} --data dotz", "dotz"),
         ("--model {tmp} --data dots --images 2 4096", "4096 images"),
         ("--model {tmp} --data coco", "--data-root"),
         ("--model {tmp} --data dots --out {tmp}/file", "file: File exists"),
         ("--model {tmp} --data dots --out /proc/self", "nothing can be written to --out /proc/self"),
         ("--model {tmp} --data dots --out a\0b", "nothing can be written to --out a"),
-        ("--model {tmp} --data dots --delta 0", "--delta 0.0 must be positive"),
         ("--model {tmp} --data dots --delta nan", "--delta nan must be positive"),
         ("--model {tmp} --data dots --decimals 10", "--decimals 10 must be a whole number"),
         ("--model {tmp} --data dots --order=", "--question and --order must not be empty"),
-        ("--model {tmp} --rank {tmp}", "either --data or both --question and --order"),
         ("--model {tmp} --rank {tmp} --question q", "either --data or both --question and --order"),
-        ("--model {tmp} --rank {tmp} --order o", "either --data or both --question and --order"),
-        ("--model {tmp} --rank {tmp} --data dots --order=", "--question and --order must not be empty"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(tmp_path, arguments, message):
@@ -101,21 +90,9 @@ def test_a_users_mistake_is_one_sentence(tmp_path, arguments, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        "--images 0",
-        "--samples -1",
-        "--batch-size x",
-        "--device tpu9",
-        "--device abacus",
-        "--device cuda:99",
-        "--device meta",
-        "--device cpu:7",
-        "--device hpu",
-        "--split dev",
-        "--max-pixels 100",
-        "--delta x",
-    ],
-)
+    ["--images 0", "--samples -1", "--batch-size x", "--device abacus", "--device cuda:99", "--device meta",
+     "--device cpu:7", "--split dev", "--max-pixels 100", "--delta x"],
+)  # fmt: skip
 def test_a_mistyped_setting_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--model", "m", "--data", "dots", *wrong.split()])
@@ -135,7 +112,7 @@ def folder(tmp_path):
         for x in range(i):
             image.putpixel((x, 0), (255, 0, 0))
         image.save(path / f"{i}.png")
-    for other in ("notes.txt", ".hidden.png", "Thumbs.db"):
+    for other in ("notes.txt", ".hidden.png"):
         (path / other).write_text("not an image")
     return path
 
@@ -171,7 +148,7 @@ def test_rank_prints_order_and_values_and_writes_a_sheet(rank, ranker, folder, t
     assert "5 prompts with 1 image, 4 with 4" in output.err
     written = [json.loads(line) for line in (tmp_path / "new/out/ranking.jsonl").read_text().splitlines()]
     assert written == [{"rank": i, "file": f"{folder}/{i}.png", "value": values[i]} for i in values]
-    assert Image.open(tmp_path / "new/out/ranking.png").size[0] > 5 * 128
+    assert (tmp_path / "new/out/ranking.png").exists()
 
 
 def test_json_is_one_document_and_nothing_else(rank, folder, ranker, tmp_path, capsys):
@@ -224,7 +201,6 @@ def test_bad_images_are_named_or_left_out_and_counted(rank, folder, ranker, tmp_
     ("paths", "message"),
     [
         (["{folder}/6.png"], "no file or folder '{folder}/6.png'"),
-        (["{folder}/*.jpg"], "no file or folder '{folder}/*.jpg'"),  # nothing matched, so the shell left it as it is
         ([""], "no file or folder ''"),  # an unset variable, not the current folder
         (["{folder}/1.png", "{folder}/2.png", "{folder}/1.png"], "{folder}/1.png is given twice"),
         (["{folder}", "{folder}/../my images/3.png"], "3.png is given twice, first as {folder}/3.png"),
@@ -244,28 +220,15 @@ def test_a_sheet_is_not_written_among_the_images(rank, folder):
         rank("--rank", folder, *COUNT_RED, "--out", folder)
 
 
-def test_an_untrained_policy_is_told_so(folder, tmp_path):
-    from experiments import make_tiny  # for once real weights, prompts and decoding
-
-    torch.manual_seed(0)
-    rarl.save_policy(make_tiny.build_policy(), tmp_path / "policy")
-    with pytest.raises(SystemExit, match="none of the 7 answers is valid"):
-        evaluation.main(["--model", f"{tmp_path}/policy", "--data", "dials", "--device", "cpu", "--rank", f"{folder}",
-                         "--rounds", "1", "--out", f"{tmp_path}/out"])  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("--rank x --data dots --images 2", "--images does not go with --rank"),
         ("--rank x --data dots --seed 0", "--seed does not go with --rank"),  # even if it is the default
-        ("--rank x --data dots --split val --samples 3", "does not go with --rank"),
         ("--data dots --window 4", "--window needs --rank"),
         ("--data dots --json", "--json needs --rank"),
         ("--rank x --question q --order o --data-root r", "--data-root goes with --data"),
         ("--rank x --data dots --window 1", "argument --window: 1 is less than 2"),
-        ("--rank x --data dots --rounds -1", "argument --rounds: -1 is less than 0"),
-        ("--rank --data dots", "argument --rank: expected at least one argument"),
         ("", "--data is required, or --rank"),
     ],
 )
@@ -377,42 +340,21 @@ def test_an_unreadable_test_image_is_named_before_the_model_is_loaded(tmp_path, 
         evaluation.main(arguments.split())
 
 
-def command(*arguments, cwd, **more):
-    start = [sys.executable, str(Path(evaluation.__file__)), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-    return subprocess.Popen(start, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, **more)
-
-
-@pytest.mark.parametrize("when", ["importing", "working"])
-def test_an_interrupt_is_one_line(tmp_path, when):
-    run = command("--model", ROOT / "tiny", "--data", "dots", "--device", "cpu", "--out", tmp_path, cwd=tmp_path,
-                  stdout=subprocess.DEVNULL)  # fmt: skip
-    if when == "importing":
-        while "torch" not in Path(f"/proc/{run.pid}/maps").read_text():
-            time.sleep(0.01)
-    else:
-        while "loading" not in run.stderr.readline():
-            pass
-    run.send_signal(signal.SIGINT)
-    rest = run.communicate(timeout=60)[1]
-    assert "Traceback" not in rest and rest.rstrip().endswith("eval.py: interrupted") and run.returncode == 130
-
-
-def test_a_full_disk_is_one_sentence(policy, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("full", ["results.json.writing", "standard output"])
+def test_a_full_disk_is_one_sentence(policy, tmp_path, monkeypatch, capsys, full):
     policy.said = defaultdict(lambda: answer((1, 5)))
     monkeypatch.setattr(rarl, "load_policy", lambda path, device, dtype: policy)
-    (tmp_path / "results.json.writing").symlink_to("/dev/full")
     arguments = f"--model m/x --data dots --images 1 --samples 2 --device cpu --out {tmp_path}"
+    if "json" in full:
+        (tmp_path / full).symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
     with pytest.raises(SystemExit, match="eval.py: .*No space left.*: the disk is full, free some space"):
         evaluation.main(arguments.split())
-    assert "best constant" in capsys.readouterr().out, "the table is printed first"
-
-
-def test_a_reader_that_goes_away_is_no_error_of_ours(tmp_path):
-    run = command("--model", ROOT / "tiny", "--data", "dots", "--images", 1, "--samples", 2, "--device", "cpu", "--out",
-                  tmp_path, cwd=tmp_path, stdout=open("/dev/full", "w"))  # fmt: skip  # noqa: SIM115
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 1 and "Traceback" not in said and "Exception ignored" not in said
+    if "json" in full:
+        assert "best constant" in capsys.readouterr().out, "the table is printed first"
+    else:
+        sys.stdout.close()  # as the interpreter does at its end: nothing is left to be written, so nothing fails
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,8 @@ from support.run.settings import SettingError
 
 
 @pytest.fixture
-def stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield Stop()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def stop(signals):
+    return Stop()
 
 
 def test_outside_the_loop_a_signal_ends_at_once(stop):

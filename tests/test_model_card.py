@@ -32,12 +32,10 @@ RESULTS = {
 
 
 def test_sentences_by_hand():
-    assert what_was_learned(RESULTS) == (
-        "From base to stage 2, the mean error of the values went from 3.00 / 3.50 to 0.50 / 0.75 at 1 / 2 images in a "
-        "prompt; the best constant errs by 5.00 / 5.25. Tau of the order went from 0.10 to 0.90 at 2 images; the "
-        "order of the prompt has -0.02. This is of valid answers alone: 25% / 100% of base's answers, 100% / 100% of "
-        "stage 2's."
-    )
+    said = what_was_learned(RESULTS)
+    for part in ("mean error of the values went from 3.00 / 3.50 to 0.50 / 0.75", "the best constant errs by 5.00 / 5.25",
+                 "Tau of the order went from 0.10 to 0.90", "the order of the prompt has -0.02", "25% / 100% of base's answers"):  # fmt: skip
+        assert part in said
     only_one = {name: {1: row[1]} for name, row in RESULTS.items() if 1 in row}
     assert "at 1 image in" in what_was_learned(only_one) and "Tau" not in what_was_learned(only_one)
 
@@ -46,7 +44,7 @@ def test_card_says_task_results_and_settings(tmp_path):
     write_model_card(tmp_path, "stage 1", Settings(seed=5, images=(2,)), load_dataset("dots"), RESULTS)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\n") and "base_model: tiny" in text and "> How many dots are in the image?" in text
-    assert "    --seed 5\n    --images 2" in text or "    --images 2\n" in text and "    --seed 5" in text
+    assert "    --images 2\n" in text and "    --seed 5\n" in text
     assert "stage 1" in text and "stage 2" not in text and "best constant by MAE" in text
     assert json.dumps({"image_id": 2, "value": 17}) in text
 

@@ -203,12 +203,6 @@ def test_tau_without_comparable_pairs_is_nan():
     assert math.isnan(kendall_tau([1], [5]))
 
 
-def test_tau_takes_arrays_and_leaves_its_inputs_alone():
-    ranking, labels = np.array([1, 2, 3]), np.array([1.0, 3.0, 2.0])
-    assert kendall_tau(ranking, labels) == pytest.approx(1 / 3)
-    assert ranking.tolist() == [1, 2, 3] and labels.tolist() == [1.0, 3.0, 2.0]
-
-
 def test_tau_equals_scipys_without_ties():
     rng = random.Random(0)
     for n in [2, 3, 4, 5, 6, 7, 8] * 20:
@@ -516,17 +510,17 @@ def random_text(rng, n):
     return text
 
 
-def test_100_000_texts():
+def test_20_000_texts():
     rng = random.Random(2)
     seen = {"none": 0, "prose": 0, "strict": 0}
-    for number in range(100_000):
+    for number in range(20_000):
         n = rng.choice([1, 2, 3, 8])
         text = random_text(rng, n)
         labels = [rng.choice([0, 17, 3.5, 50]) for _ in range(n)]
         weights = rng.choice([(1, 1, 1), (1, 0, 0), (0.5, 2, 0.25)])
         result = compute_reward(text, labels, 10, *weights)
         pairs, strict = result.answer, result.format == 1
-        if number % 10 == 0:  # all three read a text by the same function; ten thousand texts show it
+        if number % 10 == 0:  # all three read a text by the same function; two thousand texts show it
             assert (parse_response(text, n), is_strict_format(text, n)) == (pairs, strict), text
 
         # Nothing raised. The parts lie in [0, 1], the total is their weighted sum.
@@ -552,4 +546,4 @@ def test_100_000_texts():
         if strict:  # the text, less its think block, is JSON and nothing else
             body = text.split("</think>", 1)[1] if text.lstrip().startswith("<think>") else text
             assert [(entry["image_id"], entry["value"]) for entry in json.loads(body.strip())] == pairs, text
-    assert min(seen.values()) > 5_000, seen  # each outcome was met often
+    assert min(seen.values()) > 1_000, seen  # each outcome was met often
