@@ -69,18 +69,9 @@ def test_bad_line_of_a_table(tmp_path, line, said):
 
 @pytest.mark.parametrize(
     "more",
-    [
-        {"label": {"a": 1}},
-        {"label": json.loads("[" * 900 + "]" * 900)},
-        {"label": None},
-        {"label": 10**400},
-        {"label": "\ud800"},
-        {"path": ["c.jpg"]},
-        {"path": "c\0.jpg"},
-        {"path": "\ud800.jpg"},
-        {"split": ["train"]},
-    ],
-)
+    [{"label": {"a": 1}}, {"label": json.loads("[" * 900 + "]" * 900)}, {"label": None}, {"label": 10**400},
+     {"label": "\ud800"}, {"path": ["c.jpg"]}, {"path": "c\0.jpg"}, {"path": "\ud800.jpg"}, {"split": ["train"]}],
+)  # fmt: skip
 def test_bad_object_of_a_table(tmp_path, more):
     rows = [{"path": f"{n}.jpg", "label": i, "split": "train"} for i, n in enumerate("abc")]
     write_table(tmp_path, "jsonl", [*rows[:2], rows[2] | more])

@@ -163,19 +163,10 @@ def test_each_image_is_named_once():
 
 @pytest.mark.parametrize(
     "entry",
-    [
-        "1",
-        "[1, 31]",
-        '[["image_id", 1], ["value", 31]]',
-        "{}",
-        '{"image_id": 1}',
-        '{"image_id": 1, "Value": 31}',
-        '{"image_id": 1, "value": 31, "unit": "years"}',
-        '{"image_id": 1, "value": 30, "value": 31}',
-        '{"image_id": 1, "image_id": 1, "value": 31}',
-        '{"image_id": 1, "image_id": 1}',
-    ],
-)
+    ["1", "[1, 31]", '[["image_id", 1], ["value", 31]]', "{}", '{"image_id": 1}', '{"image_id": 1, "Value": 31}',
+     '{"image_id": 1, "value": 31, "unit": "years"}', '{"image_id": 1, "value": 30, "value": 31}',
+     '{"image_id": 1, "image_id": 1, "value": 31}', '{"image_id": 1, "image_id": 1}'],
+)  # fmt: skip
 def test_entries_have_exactly_the_two_keys(entry):
     assert parse_response(f"[{entry}]", 1) is None
 

@@ -108,39 +108,13 @@ def test_a_data_set_without_training_images_can_be_evaluated(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        "[" * 100_000,
-        '{"data": "dots"}',
-        {"tasks": []},
-        {"tasks": {}},
-        {"tasks": [{"name": "x"}]},
-        {"tasks": ["x"]},
-        {"delta": 0},
-        {"delta": -1},
-        {"delta": "4"},
-        {"delta": True},
-        {"delta": float("nan")},
-        {"delta": float("inf")},
-        {"decimals": 1.5},
-        {"decimals": 10},
-        {"question": " "},
-        {"question": 5},
-        {"order": None},
-        {"name": ""},
-        {"colour": "red"},
-        {"overrides": {"min_gap": 1}},
-        {"overrides": {"delta": -1}},
-        {"overrides": None},
-        {"data": 5},
-        {"max_pixels": 0},
-        {"max_pixels": "many"},
-        {"skip_bad": "no"},
-    ],
-)
+    ["", "{", "[]", "null", "[" * 100_000, '{"data": "dots"}', {"tasks": []}, {"tasks": {}},
+     {"tasks": [{"name": "x"}]}, {"tasks": ["x"]}, {"delta": 0}, {"delta": -1}, {"delta": "4"}, {"delta": True},
+     {"delta": float("nan")}, {"delta": float("inf")}, {"decimals": 1.5}, {"decimals": 10}, {"question": " "},
+     {"question": 5}, {"order": None}, {"name": ""}, {"colour": "red"}, {"overrides": {"min_gap": 1}},
+     {"overrides": {"delta": -1}}, {"overrides": None}, {"data": 5}, {"max_pixels": 0}, {"max_pixels": "many"},
+     {"skip_bad": "no"}],
+)  # fmt: skip
 def test_a_damaged_file_is_named_with_the_way_out(save, tmp_path, damage):
     save("dots", [drawings.DOTS])
     file = tmp_path / "task.json"
