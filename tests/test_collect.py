@@ -176,17 +176,6 @@ def test_a_frozen_tower_is_asked_once_and_not_trained(policy, items, monkeypatch
     assert all(torch.equal(vision[k], v) for k, v in learner.policy.model.model.visual.state_dict().items())
 
 
-def test_a_frozen_tower_takes_a_rollout_batch_at_a_time(policy, items, monkeypatch):
-    frozen = copy.deepcopy(policy)
-    frozen.model.model.visual.requires_grad_(False)
-    prompts = data.make_prompts(frozen, make_stage(items).sampler.batch(0))
-    sizes, encode = [], rarl.encode_images
-    monkeypatch.setattr(rarl, "encode_images", lambda policy, some: sizes.append(len(some)) or encode(policy, some))
-    make_learner(frozen, rollout_batch=2).prepare(prompts)
-    assert sizes == [2] * (len(prompts) // 2) + [1] * (len(prompts) % 2) and len(sizes) > 1
-    assert all(prompt.features is not None for prompt in prompts)
-
-
 def test_steps_and_prompts_have_random_streams_of_their_own(policy, items):
     learner, stage = make_learner(policy), make_stage(items)
     samples = stage.sampler.batch(0)

@@ -94,17 +94,6 @@ def test_chat_text_is_what_a_template_for_images_writes(policy):
     assert data.chat_text(policy.tokenizer, sample) == expected
 
 
-def test_prompt_reads_as_intended(policy):
-    sample = data.Sample(tuple(load_dataset("dots", None, "val")[:2]))
-    image = "<|vision_start|>" + 9 * "<|image_pad|>" + "<|vision_end|>"
-    assert policy.tokenizer.decode(data.make_prompts(policy, [sample])[0].ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"Image 1: {image}\nImage 2: {image}\n"
-        "How many dots are in the image? Give the value of each image and list the images from the fewest dots to the "
-        'most. Reply with JSON only: [{"image_id": <id>, "value": <number>}, ...]<|im_end|>\n<|im_start|>assistant\n'
-    )
-
-
 def test_a_question_cannot_smuggle_image_tokens(policy):
     task = data.Task("odd", "What is <|image_pad|>?", "from low to high", 1)
     with pytest.raises(data.DataError, match="image_pad"):

@@ -172,14 +172,6 @@ def test_progress_is_shown_from_the_start_where_it_is_asked_for(policy, capsys, 
     assert seen[1].count("base") <= 1 and capsys.readouterr().err == "", "a library is silent"
 
 
-def test_a_summary_reads_no_text_again(policy, monkeypatch):
-    policy.said = {"s1": answer((1, 5), (2, 7))}
-    metrics, predictions = evaluation.evaluate(policy, [sample(5, 7)])
-    for name in ("compute_reward", "parse_response", "is_strict_format", "kendall_tau"):
-        monkeypatch.setattr(evaluation.reward, name, None)
-    assert evaluation.summarize(predictions) == metrics
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 

@@ -162,22 +162,6 @@ def test_json_is_one_document_and_nothing_else(rank, folder, ranker, tmp_path, c
     assert (tmp_path / "new/out/ranking.png").exists()
 
 
-def test_rank_says_what_was_not_valid(rank, folder, ranker, capsys):
-    right, windows = ranker.say, []
-
-    def say(names):
-        if len(names) == 1:
-            return "?" if "3.png" in names[0] else right(names)
-        windows.append(names)
-        return "?" if len(windows) == 1 else right(names)
-
-    ranker.say = say
-    rank("--rank", folder, *COUNT_RED)
-    output = capsys.readouterr()
-    assert "1 of 5 images have no value" in output.err and "1 of 4 windows were left out" in output.err
-    assert output.out.splitlines()[3] == f"   3     - {folder}/3.png"
-
-
 def test_bad_images_are_named_or_left_out_and_counted(rank, folder, ranker, tmp_path, capsys):
     whole = (folder / "4.png").read_bytes()
     (folder / "4.png").write_bytes(whole[: len(whole) // 2])

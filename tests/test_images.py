@@ -3,7 +3,6 @@
 import os
 import random
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -183,19 +182,3 @@ def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
     for name in ("pipe.png", "folder.png", "loop.png"):
         with pytest.raises(data.DataError, match=f"image file .*{name} is no regular file"):
             images.open_image(tmp_path / name)
-
-
-def test_interrupted_checking_does_not_read_on(tmp_path, monkeypatch):
-    """2000 images of 5 ms each; Ctrl-C at the first ends the check at once, not when all are read."""
-    opened = []
-    look = lambda: opened.append(1) or time.sleep(0.005)
-    items = [data.Item(str(i), 1, None, look, tmp_path / str(i)) for i in range(2000)]
-
-    def interrupted(steps, what, total):
-        yield next(iter(steps))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(images, "progress", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        images.unreadable(items)
-    assert len(opened) < 1000

@@ -83,15 +83,14 @@ def test_ctrl_c_is_quiet_from_the_first_import_on():
 
 
 @pytest.mark.parametrize("leaf", ["reward", "grpo", "rmo", "data"])
-def test_a_copied_leaf_imports_alone_and_so_do_its_tests(leaf, tmp_path, monkeypatch):
+def test_a_copied_leaf_imports_alone_and_so_do_its_tests(leaf, here, monkeypatch):
     """With nothing of the project on the path. rarl.py tells transformers of its attention, so a second copy would be in the way."""
-    shutil.copy(ROOT / f"{leaf}.py", tmp_path)
+    shutil.copy(ROOT / f"{leaf}.py", here)
     for sibling in METHOD:
         monkeypatch.delitem(sys.modules, sibling.removesuffix(".py"), raising=False)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if p and not p.startswith(str(ROOT)))])
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(here), *(p for p in sys.path if p and not p.startswith(str(ROOT)))])
     try:
-        assert importlib.import_module(leaf).__file__ == str(tmp_path / f"{leaf}.py")
+        assert importlib.import_module(leaf).__file__ == str(here / f"{leaf}.py")
     finally:
         sys.modules.pop(leaf, None)
     if leaf != "data":  # whose tests build the small policy with experiments/

@@ -134,14 +134,6 @@ def test_a_bf16_base_is_sampled_and_scored_in_bf16_and_its_adapters_trained_in_f
         assert (p.grad is not None) == p.requires_grad and (p.grad is None or p.grad.any()), name
 
 
-def test_merged_equals_unmerged(policy_folder, prompts, answers):
-    policy = adapted(policy_folder)
-    expected = score(policy, prompts, answers)
-    lora.merge(policy.model)
-    assert not lora.lora_layers(policy.model) and all(p.requires_grad for p in policy.parameters())
-    torch.testing.assert_close(score(policy, prompts, answers), expected, atol=1e-4, rtol=0)
-
-
 # --- peft ------------------------------------------------------------------------------------------------------------
 
 

@@ -50,9 +50,8 @@ def test_card_says_task_results_and_settings(tmp_path):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_cards_program_gives_the_answer_that_was_evaluated(tmp_path, monkeypatch, adapted):
+def test_the_cards_program_gives_the_answer_that_was_evaluated(here, adapted):
     """What a user of transformers alone gets, or of peft, is what eval.py gets."""
-    monkeypatch.chdir(tmp_path)
     folder = Path("runs/rarl/stage1")
     policy = rarl.load_policy(ROOT / "tiny")
     rarl.save_policy(policy, folder)  # in float32, as training does

@@ -17,7 +17,7 @@ from support.datasets import load_dataset
 from support.learner.stage import Batch, RewardWeights, Stage
 from support.run.settings import Settings
 from support.show import monitor
-from support.show.monitor import Clock, Warnings, dead_base, progress_text, rollout_metrics, rollout_numbers
+from support.show.monitor import Clock, Warnings, dead_base, rollout_metrics, rollout_numbers
 from support.show.results import finite
 
 
@@ -51,17 +51,6 @@ def test_metrics_are_means_over_all_ranks_not_of_their_means():
     rank = lambda errors: {"mae": errors, "reward": [1.0], "advantage": [0.0]}
     assert rollout_metrics([rank([1.0]), rank([3.0, 3.0, 5.0])])["mae"] == 3
     assert rollout_metrics([rank([]), rank([])])["mae"] is None
-
-
-def test_the_progress_line_shows_the_base():
-    log = {"images": 2, "reward": 2.5, "format": 1.0, "mae": 1.25, "ranking": 0.875, "kl": 0.5, "zero_spread": 0.0}
-    base = {"mae": 2.5, "tau": math.nan, "valid": 1.0}
-    text = progress_text(log, base)
-    assert text == "2 images reward=2.50 format=1.00 mae=1.25 (base 2.50) tau=0.75 kl=0.50 no spread=0.00"
-    assert "tau=0.75 (base -0.25)" in progress_text(log, base | {"tau": -0.25})
-    assert "tau" not in progress_text(log | {"images": 1, "ranking": None}, {}) and "(base" not in progress_text(
-        log, {}
-    )
 
 
 def test_a_clock_knows_what_took_how_long(monkeypatch):

@@ -161,22 +161,6 @@ def test_few_images_make_one_window_and_one_makes_none(ranker):
     assert rank_images(asker(evaluation.answer_greedily, ranker, 16), images(1)) == ([0], [5], 0, 0)
 
 
-def test_merged_ranking_beats_the_values_where_all_answers_are_noisy(ranker):
-    labels, taus = np.random.default_rng(1).uniform(0, 100, 60), []
-    for seed in range(4):
-        noise = random.Random(seed)
-        heard = lambda name, noise=noise: labels[int(name)] + noise.gauss(0, 8)
-        ranker.say = lambda names, heard=heard: (
-            listing(names, heard) if len(names) > 1 else answer((1, heard(names[0])))
-        )
-        ranking = rank_images(asker(evaluation.answer_greedily, ranker, 16), images(60))
-        place = np.argsort(ranking.order)
-        taus.append([stats.kendalltau(x, labels).statistic for x in (ranking.values, place)])
-    values, merged = np.mean(taus, axis=0)
-    assert 0.75 < values < 0.87 and merged > values + 0.04
-    assert all(after > before for before, after in taus)
-
-
 def test_invalid_answers_are_counted_and_their_images_placed_by_votes(ranker):
     def say(names):
         if len(names) == 1:

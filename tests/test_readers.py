@@ -8,7 +8,6 @@ from small_data import TABLE, everything, make_images, noise_image, write_table
 import data
 from support.datasets import load_dataset, rows
 from support.datasets import splits as datasets
-from support.datasets.image_files import open_image
 
 
 @pytest.fixture
@@ -62,14 +61,6 @@ def test_bad_data_is_named(coco, tmp_path):
     file.write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(data.DataError, match="split of coco .* is empty"):
         load_dataset("coco", coco)
-    with pytest.raises(data.DataError, match="gone.jpg does not exist"):
-        open_image(coco / "gone.jpg")
-    (coco / "half.jpg").write_bytes((coco / "val2017" / "a.jpg").read_bytes()[:300])
-    with pytest.raises(data.DataError, match="half.jpg cannot be read"):
-        open_image(coco / "half.jpg")
-    (coco / "text.jpg").write_text("hello")
-    with pytest.raises(data.DataError, match="text.jpg cannot be read"):
-        open_image(coco / "text.jpg")
 
 
 def test_coco_reads_rem_and_real_layouts(tmp_path, coco):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from PIL import Image
-from runs import ROOT, lines
+from runs import ROOT, SMALL, TINY, lines
 
 import eval as evaluation
 import reward
@@ -16,20 +16,18 @@ from support.datasets.readers import READERS
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 RECIPES = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0])
 MERGE = BLOCK.findall((ROOT / "docs" / "lora.md").read_text(encoding="utf-8"))
-SMALL = ["--steps1", "1", "--steps2", "1", "--batch-size", "2", "--group-size", "2", "--images", "2", "--eval-samples", "2",
-         "--val-samples", "1", "--workers", "0", "--watch-every", "0", "--validate-every", "0"]  # fmt: skip
+SHORT = [*SMALL, *TINY, "--eval-samples", "2", "--validate-every", "0"]
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, here, signals):
     """Runs a recipe in an empty folder; whatever it changed is taken back."""
     for module, name in ((reward, "value_reward"), (train, "collect")):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr("support.datasets.readers.READERS", READERS)
     train_main, eval_main, readers = train.main, evaluation.main, set(READERS)
-    monkeypatch.setattr(train, "main", lambda argv: train_main([*SMALL, *argv]))
+    monkeypatch.setattr(train, "main", lambda argv: train_main([*SHORT, *argv]))
     monkeypatch.setattr(evaluation, "main", lambda argv: eval_main([*argv, "--samples", "2", "--out", "evaluated"]))
-    monkeypatch.chdir(tmp_path)
     yield lambda recipe: exec(compile(recipe.replace('"tiny"', repr(str(ROOT / "tiny"))), "recipe", "exec"), {})
     for name in set(READERS) - readers:
         del READERS[name]

@@ -1,6 +1,5 @@
 """support/show/results.py: tables, intervals, remarks, and the blind rows by hand."""
 
-import dataclasses
 import json
 import math
 import random
@@ -69,14 +68,6 @@ def test_blind_rows_stand_last_and_say_their_constant():
     assert results_table(back) == results_table(results)
 
 
-def test_constants_of_several_tasks_are_not_shown_as_one():
-    other = dataclasses.replace(TASK, name="other")
-    samples = {1: [sample(2), sample(2), sample(9, task=other), sample(9, task=other)]}
-    blind = blind_rows(samples, [item for s in samples[1] for item in s.items], evaluation.grade)
-    assert blind["best constant by MAE"][1]["srcc"] > 0.99, "2 for the one and 9 for the other: it correlates"
-    assert "best constant by R_reg, one per task " in results_table(blind)
-
-
 def test_remarks_name_a_policy_that_says_one_value_nearly_always():
     right = [(sample(n), answer((1, n))) for n in range(10)]
     assert remarks(judged(*right)) == []
@@ -100,13 +91,6 @@ def test_remarks_name_a_policy_that_lists_in_prompt_order():
     assert remarks(listed(18, 2)) == [] and remarks(listed(9, 0)) == []
     single = judged(*((sample(n), answer((1, n))) for n in range(10)))
     assert remarks(single) == [], "one image has no order"
-
-
-def test_each_number_of_images_is_looked_at_by_itself():
-    """A policy that sorts two images and never three: the many that it sorts must not hide it."""
-    pairs = [(sample(9, k % 9), answer((2, k), (1, 9))) for k in range(60)]
-    (said,) = remarks(judged(*pairs) + listed(20, 0))
-    assert said.endswith(": 100% of its lists at 3 images")
 
 
 def test_remarks_say_on_how_few_answers_the_numbers_rest():
@@ -139,16 +123,6 @@ def test_intervals_of_answers_that_are_not_valid():
     found = intervals(some)
     assert found.keys() == {"valid", "regression"} and found["valid"] == pytest.approx([0.28, 0.72], abs=0.05)
     assert intervals(judged(*[(sample(5), "?")] * 20)) == {"valid": [0, 0], "regression": [0, 0]}
-
-
-def test_half_of_an_interval_stands_beside_its_number():
-    rows = {
-        "base": {1: row(valid=1.0, mae=3.0) | {"interval": {"valid": [0.9, 1.0], "mae": [2.5, 3.25]}}},
-        "other": {1: row(mae=1.0)},
-    }
-    head, base, other = (line.split() for line in results_table(rows).splitlines())
-    assert head[:7] == ["1", "image", "valid", "+-95%", "n", "MAE", "+-95%"]
-    assert base[:6] == ["base", "100.0%", "5.0%", "60", "3.000", "0.375"] and other[:4] == ["other", "-", "60", "1.000"]
 
 
 # --- what a blind policy would get --------------------------------------------------------------------------

@@ -293,19 +293,6 @@ def test_a_reward_is_a_tuple_of_four_that_hands_back_the_answer():
         assert compute_reward(text, [23, 17], delta=5).answer is None
 
 
-def test_an_answer_is_parsed_once(monkeypatch):
-    decoder, attempts = reward._JSON, []
-
-    class Counting:
-        def raw_decode(self, text, start):
-            attempts.append(start)
-            return decoder.raw_decode(text, start)
-
-    monkeypatch.setattr(reward, "_JSON", Counting())
-    assert compute_reward(TWO, [23, 17], delta=5).total == 3.0
-    assert attempts == [0]
-
-
 def test_weights():
     # Labels 20, 17; delta 6: the errors are 3 and 0, so R_reg = (0.75 + 1) / 2. The order 2, 1 is right.
     text, labels = TWO, [20, 17]

@@ -66,16 +66,6 @@ def test_references_are_drawn_uniformly():
     assert all(abs(drawn[name] - 1000) < 129 for name in "ABC")
 
 
-def test_a_mutated_group_has_the_advantages_of_the_docstring():
-    # G = 8, k = 2: sqrt((8 - 2) / 2) = sqrt(3) for the mutated, -sqrt(2 / 6) for the others, for any r and d
-    _, mutated = mutate([0.1] * 8, k=2)
-    for r, d in ((0.1, 0.9), (1.0, 1.7)):
-        rewards = torch.tensor([r + d if was else r for was in mutated], dtype=torch.float64)
-        advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
-        expected = torch.tensor([math.sqrt(3) if was else -math.sqrt(1 / 3) for was in mutated]).double()
-        torch.testing.assert_close(advantages, expected, rtol=1e-6, atol=0)
-
-
 # ---- which groups
 
 
@@ -98,8 +88,8 @@ def test_probability_is_the_share_of_groups():
             [1.0, 3.0, 1.0, 3.0],
             {"spread": 1.0, "poor": 3.0},
             True,
-        ),  # std 1 over G (1.155 over G - 1); both bounds
-        ([1.0, 3.0, 1.0, 3.0], {"spread": 0.99, "poor": 3.0}, False),  # are included
+        ),  # std 1 over G (1.155 over G - 1); bounds are included
+        ([1.0, 3.0, 1.0, 3.0], {"spread": 0.99, "poor": 3.0}, False),
         ([1.0, 3.0, 1.0, 3.0], {"spread": 1.0, "poor": 2.99}, False),
         ([0.1 * 3] * 7, {"spread": 0.0}, True),  # equal is equal: a rounded mean would see a spread of 1e-17
         ([-1.0, -1.0], {}, True),
@@ -129,22 +119,6 @@ def test_inputs_stay(probability):
     assert [r != o for r, o in zip(result, responses, strict=True)] == mutated
 
 
-def test_responses_may_be_anything():
-    a, b, reference = torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([9])
-    (first, second), _ = rmo.mutate((a, b), torch.tensor([0.0, 0.05]), (reference,), 1, ALWAYS, rng=generator())
-    assert first is reference
-    assert second is b
-
-
-def test_the_same_seed_gives_the_same_result():
-    def run(rng):
-        return [mutate([0.0] * 6, k=2, probability=0.5, references=list("ABCD"), rng=rng) for _ in range(9)]
-
-    assert run(generator(1)) == run(generator(1))
-    assert run(generator(1)) != run(generator(2))
-    assert run(random.Random(1)) == run(random.Random(1))
-
-
 def test_every_group_draws_as_many_numbers():
     # 1 + G + k, so that the next group's luck does not hang on this one's rewards, references or trigger
     def state_after(**kwargs):
@@ -157,7 +131,6 @@ def test_every_group_draws_as_many_numbers():
     for kwargs in (
         {},
         {"rewards": [1.0] * 4},
-        {"rewards": [0.0, 1.0, 2.0, 3.0]},
         {"references": []},
         {"references": list("ABCDEF")},
         {"probability": 0.0},
@@ -187,10 +160,8 @@ def test_probability_is_compared_with_a_number_below_1():
     assert any(mutate([0.0] * 3, probability=1.0, rng=Constant(largest))[1])
     assert not any(mutate([0.0] * 3, probability=0.0, rng=Constant(0.0))[1])
     for n in range(1, 50):  # and the largest draw stays inside the references
-        assert (
-            str(n - 1)
-            in mutate([0.0] * 3, probability=1.0, references=[str(i) for i in range(n)], rng=Constant(largest))[0]
-        )
+        references = [str(i) for i in range(n)]
+        assert references[-1] in mutate([0.0] * 3, references=references, rng=Constant(largest))[0]
 
 
 @pytest.mark.parametrize(

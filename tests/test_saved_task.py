@@ -12,7 +12,7 @@ from small_data import make_images
 import data
 from support.datasets import drawings
 from support.datasets.readers import READERS
-from support.datasets.saved_task import apply, begin, describe, load_task, load_to_evaluate, save_task, task_to_rank_by
+from support.datasets.saved_task import apply, begin, load_task, load_to_evaluate, save_task, task_to_rank_by
 from support.run.preflight import load_items, task_overrides
 from support.run.settings import Settings
 
@@ -67,19 +67,6 @@ def test_a_group_that_training_never_saw_keeps_its_task(save):
     )
 
 
-def test_a_new_group_is_asked_with_what_the_user_changed_for_training(save, tmp_path):
-    for i in range(8):
-        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
-    lines = [f"{i}.png,{i},{'train' if i < 4 else 'test'},{'ab'[i % 2]}" for i in range(8)]
-    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split,group", *lines]))
-    trained = data.Task("rating a", "How ripe, from 0 to 6?", "from the least ripe", delta=7)
-    saved = save("csv", [trained], {"delta": 7.0})
-    test, _ = load_to_evaluate(saved, "csv", str(tmp_path), "test", {}, None)
-    assert {item.task for item in test if item.label % 2 == 0} == {trained}
-    (new,) = {item.task for item in test if item.label % 2}
-    assert (new.name, new.question, new.delta) == ("rating b", "Rate the image from 1 to 7.", 7)
-
-
 def test_bad_rows_are_skipped_as_in_training(save, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -95,15 +82,6 @@ def test_bad_rows_are_skipped_as_in_training(save, tmp_path, capsys):
     assert [item.label for item in test] == [4, 5, 6] and len(train) == 4 and test[0].task.question == "How ripe?"
     with pytest.raises(data.DataError, match="does not exist"):
         load_to_evaluate(saved, "csv", str(folder), "test", {}, False)
-
-
-def test_a_data_set_without_training_images_can_be_evaluated(tmp_path):
-    for i in range(4):
-        Image.new("RGB", (30, 30)).save(tmp_path / f"{i}.png")
-    lines = [f"{i}.png,{i},test" for i in range(4)]
-    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
-    test, train = load_to_evaluate(None, "csv", str(tmp_path), "test", {}, None)
-    assert len(test) == 4 and train == []
 
 
 @pytest.mark.parametrize(
@@ -196,14 +174,6 @@ def test_the_question_of_a_data_set_that_depends_on_its_labels(tmp_path):
     assert READERS["csv"][1].question.startswith("Rate"), "the table of tasks is as it was"
 
 
-def test_what_is_asked_is_said(save):
-    assert describe([drawings.DOTS] * 3, None, "dots") == "asked: How many dots are in the image? (delta 2)"
-    assert describe([CATS, COWS], None, "coco") == "asked: 2 questions, such as How many cats? (delta 4)"
-    saved = save("dots", [drawings.DOTS])
-    assert "trained on dots; the question of dials is new to it" in describe([drawings.DIALS], saved, "dials")
-    assert "trained" not in describe([drawings.DOTS], saved, "dots") + describe([drawings.DOTS], saved, None)
-
-
 @pytest.fixture
 def begun(tmp_path):
     """A run on 24 images, labels 0 to 7, as it began. -> its folder, the images', how it was set, its items"""
@@ -241,12 +211,6 @@ def test_what_a_run_began_with_is_what_it_goes_on_with(begun, capsys):
     assert load_task(run).overrides == {"delta": 3.0} and go_on(run, s)[0][0].task.delta == 3
     # A run that begins derives all of it.
     assert load_items(s, SimpleNamespace(main=True), run)[0][0].task.delta == 25
-
-
-def test_a_run_that_began_without_validation_gets_the_val_split_later(begun):
-    run, _, s, splits = begun
-    begin(run, "csv", [*splits[:2], []], {}, None, False)
-    assert [i.name for i in go_on(run, s)[2]] == [i.name for i in splits[2]]
 
 
 @pytest.mark.parametrize(("change", "said"), [("5.png,9\n", "5.png was 5 and is 9"), ("", "5.png was 5 and is gone")])

@@ -55,10 +55,9 @@ def test_what_was_typed_wins_over_the_preset_and_the_preset_over_the_defaults():
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch):
+def saved(here):
     """A run with settings of its own, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "runs" / "mine"
+    out = here / "runs" / "mine"
     out.mkdir(parents=True)
     given = parse_settings(["--name", "mine", "--seed", "5", "--freeze-vision", "--activation-checkpointing"])
     (out / "settings.json").write_text(json.dumps(dataclasses.asdict(given)))
@@ -77,16 +76,8 @@ def test_a_renamed_folder_goes_on_under_its_new_name(saved):
 
 
 def test_what_an_out_of_memory_error_asks_for_may_change(saved):
-    more = [
-        "--max-tokens-per-forward",
-        "100",
-        "--no-activation-checkpointing",
-        "--rollout-batch",
-        "2",
-        "--workers",
-        "0",
-    ]
-    s = parse_settings(["--name", "mine", "--resume", *more])
+    more = "--max-tokens-per-forward 100 --no-activation-checkpointing --rollout-batch 2 --workers 0"
+    s = parse_settings(["--name", "mine", "--resume", *more.split()])
     assert (s.max_tokens_per_forward, s.activation_checkpointing, s.rollout_batch, s.workers) == (100, False, 2, 0)
     assert s.seed == 5
 

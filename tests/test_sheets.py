@@ -1,14 +1,13 @@
 """support/show/sheets.py: which image stands where, in which colour its caption is, whatever the answers."""
 
 import json
-import random
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from fakes import COLOURS, TASK, answer, sample
+from fakes import COLOURS, answer, sample
 from PIL import Image
 
 import data
@@ -65,18 +64,6 @@ def test_a_caption_has_the_colour_of_what_its_value_earns(tmp_path, monkeypatch)
     assert colour(9) == sheets.ORANGE
 
 
-def test_prompts_are_taken_from_the_whole_list(tmp_path):
-    drawn = []
-    draws = lambda n: Image.new("RGB", (4, 2), COLOURS[drawn.append(n) or 0])
-    samples = [data.Sample((data.Item(f"{n}", n, TASK, partial(draws, n)),)) for n in range(9)]
-    predictions = [evaluation.judge(s, answer((1, 1))) for s in samples]
-    sheets.draw_predictions(samples, predictions, tmp_path / "p.png", prompts=3)
-    assert drawn == [0, 4, 8]
-    sheets.draw_predictions([], [], tmp_path / "p.png")
-    with pytest.raises(ValueError, match="2 samples but 1 predictions"):
-        sheets.draw_predictions(samples[:2], predictions[:1], tmp_path / "p.png")
-
-
 def test_before_and_after_show_each_policys_order(tmp_path):
     """Prompts of 2, 3 and 8 images, read from the files: the first two share a line; a policy that cannot be read is out."""
     samples = {n: [sample(*range(n), prefix=f"{n}-"), sample(*range(n), prefix="not shown")] for n in (2, 3, 8)}
@@ -131,29 +118,3 @@ def test_the_group_whose_rewards_differ_most_is_watched(tmp_path):
     said = [(a["text"], a["advantage"], a["mutated"], a["format"]) for a in line["answers"]]
     assert said == [(texts[2], 0.5, False, 1), ("prose", -0.5, True, 0)]
     assert (tmp_path / "groups" / "1-0000007.png").exists()
-
-
-@pytest.mark.parametrize("count", [1, 40])
-def test_a_ranking_shows_all_images_in_order(tmp_path, count):
-    colours = [(i, 255 - i, 100) for i in range(count)]
-    items = [data.Item(f"d/{i}", 0, TASK, partial(Image.new, "RGB", (40, 20), c)) for i, c in enumerate(colours)]
-    order = random.Random(0).sample(range(count), count)
-    sheets.draw_ranking(items, order, [None if i % 3 else 1e308 for i in range(count)], tmp_path / "r.png")
-    assert reading_order(tmp_path / "r.png", colours) == [colours[i] for i in order]
-    width, height = Image.open(tmp_path / "r.png").size
-    assert height <= 1.3 * width
-
-
-def test_the_longest_images_and_names_stay_in_their_column(tmp_path):
-    def draw(name, shape=(20, 20)):
-        items = [data.Item(n, 0, TASK, partial(Image.new, "RGB", shape, "red")) for n in ("a", name, "c")]
-        sheets.draw_ranking(items, [0, 1, 2], [1.0] * 3, tmp_path / "r.png")
-        return np.asarray(Image.open(tmp_path / "r.png"))
-
-    name = "photo " * 30
-    assert (draw(name + "1.jpg") != draw(name + "2.jpg")).any(), "of a long name the end is what tells it from the next"
-    y, x = (draw("b") != draw("x/" + "数b\n " * 60 + ".jpg")).any(-1).nonzero()
-    left = sheets.MARGIN + sheets.CELL  # of the second column
-    assert len(x) and x.min() >= left - 1 and x.max() <= left + sheets.THUMB + 1
-    for shape in ((1, 200), (2000, 10)):  # a line of one pixel, but never nothing
-        assert (draw("b", shape) == (255, 0, 0)).all(-1).any()
