@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from runs import TINY, lines, start, train_here
 
 import train
@@ -79,18 +78,6 @@ def test_sigterm_saves_and_damage_is_noticed(finished, here, signals, monkeypatc
     train.main(["--resume"])
     assert f"checkpoint {checkpoints[-1]} is damaged" in capsys.readouterr().err
     assert_same(finished[0], here / "runs" / "rarl")
-
-
-def test_two_threads_give_the_same_bits(here, signals):
-    """Nothing in an update adds in an order that threads decide."""
-    torch.set_num_threads(2)
-    try:
-        for name in ("rarl", "again"):
-            train_here(*TINY, "--steps1", "0", "--images", "4", "--validate-every", "0", "--name", name)
-    finally:
-        torch.set_num_threads(1)
-    for file in ("metrics.jsonl", "stage2/model.safetensors"):
-        assert Path("runs/rarl", file).read_bytes() == Path("runs/again", file).read_bytes()
 
 
 DEATHS = {  # before which rename or deletion, and the how-manieth of that kind

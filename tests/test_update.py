@@ -75,6 +75,19 @@ def test_micro_batches_change_nothing(policy, normalize, monkeypatch):
             assert log[name] == pytest.approx(grads[0][1][name], rel=1e-4, abs=1e-7)
 
 
+def test_two_threads_give_the_same_bits(policy):
+    """Nothing in a rollout or an update, images included, adds in an order that threads decide."""
+    s = Settings(group_size=4, beta=0.0)
+    torch.set_num_threads(2)
+    try:
+        first, again = (
+            gradients_of_update(Learner(copy.deepcopy(policy), CPU, s), make_batch(policy, s)) for _ in "ab"
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert first[1] == again[1] and all(torch.equal(grad, again[0][name]) for name, grad in first[0].items())
+
+
 def test_groups_without_gradient_are_not_run(policy, monkeypatch):
     s = Settings(group_size=4, beta=0.0)
     learner = Learner(copy.deepcopy(policy), CPU, s)
