@@ -167,27 +167,6 @@ def test_transfer_takes_its_row_from_the_evaluation_elsewhere(here):
     assert report.columns(outcomes({"dials": planned["dials"], "dots": planned["dots"]})) == head[1:]
 
 
-def test_files_are_named_by_their_folder_and_alike_places_are_one(here):
-    on_files = lambda root: runs.plan(f"on-{root}", [*SHORT, "--data", "csv", "--data-root", f"files/{root}"])
-    titles = lambda planned: [title for title, _ in report.reference_rows(outcomes(planned))]
-    alike = {"dots": [finish(runs.plan("dots", SHORT))], "noise": [finish(on_files("noise-1"))]}
-    assert titles(alike) == ["before training", "blind"]
-    skewed = RESULTS | {"best constant by MAE": {"1": BLIND | {"mae": 1.0}}}
-    assert titles(alike | {"skewed": [finish(on_files("skewed"), skewed)]}) == [
-        "before training, dots, noise-1",
-        "blind, dots, noise-1",
-        "before training, skewed",
-        "blind, skewed",
-    ]
-    better = RESULTS | {"base": {"1": BASE | {"mae": 3.0}}}
-    assert titles({"tiny": alike["dots"], "other": [finish(runs.plan("other", [*SHORT, "--model", "x"]), better)]}) == [
-        "before training, dots with tiny",
-        "blind, dots with tiny",
-        "before training, dots with x",
-        "blind, dots with x",
-    ]
-
-
 def test_curves_are_means_over_seeds_and_whole_cycles(here):
     other = [log | {"entropy": (log["entropy"] or 0.0) + 2} for log in LOGS]
     seeds = [finish(runs.plan(f"run-{i}", SHORT), logs=logs) for i, logs in enumerate((LOGS, other))]
@@ -196,35 +175,6 @@ def test_curves_are_means_over_seeds_and_whole_cycles(here):
     # of four is not known. Its first step is the run's third.
     assert one == ([1.5], [2.5])
     assert two == ([3.5, 5.5], [4.0, 6.0])
-
-
-def test_picture_shows_every_seed_every_variant_and_what_to_compare_with(here, monkeypatch):
-    import matplotlib.pyplot as plt
-
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    planned = {
-        f"variant {k}": [finish(runs.plan(f"{k}-{i}", [*SHORT, "--seed", str(i)]), mae(k + i / 2)) for i in (0, 1)]
-        for k in range(1, 8)
-    }
-    report.report("delta", planned)
-    figure = plt.gcf()
-    axes = {axis.get_title(): axis for axis in figure.axes}
-    assert list(axes) == [*report.BARS.values(), *report.CURVES.values()]
-    errors = axes["MAE (lower is better)"]
-    heights = [bar.get_height() for bar in errors.patches]
-    assert heights == [k + 0.25 for k in range(1, 8)] + [3.0] * 7  # at 1 image, then at 2
-    lines = lambda style: {line.get_ydata()[0] for line in errors.lines if line.get_linestyle() == style}
-    assert lines("--") == {5.0, 6.0} and lines(":") == {4.0}
-    dots = [list(line.get_ydata()) for line in errors.lines if line.get_marker() == "o"]
-    assert dots[:2] == [[1.0, 1.5], [2.0, 2.5]]
-    steps = axes["entropy (nats per token)"].lines
-    assert len([line for line in steps if list(line.get_xdata()) == [2.5, 2.5]]) == 7  # between the stages
-    assert len([line for line in steps if list(line.get_xdata()) == [3.5, 5.5]]) == 7  # curves of stage 2
-    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert said == [*planned, "before training", "blind", "one seed", "stage 2 begins"]
-    assert (here / "runs/ablate-delta.png").exists()
-    monkeypatch.undo()
-    plt.close(figure)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------

@@ -43,24 +43,13 @@ def test_coco_counts_and_leaves_crowds_out(coco, monkeypatch):
     assert items[0].image().size == (64, 48)
 
 
-def test_bad_data_is_named(coco, tmp_path):
+def test_an_unknown_data_set_or_split_is_named():
     with pytest.raises(data.DataError, match="unknown data set 'dotz'"):
         load_dataset("dotz")
     with pytest.raises(data.DataError, match="unknown split"):
         load_dataset("dots", None, "tset")
     with pytest.raises(data.DataError, match="needs --data-root"):
         load_dataset("coco")
-    with pytest.raises(data.DataError, match="is not a folder"):
-        load_dataset("coco", tmp_path / "nowhere")
-    with pytest.raises(data.DataError, match="instances_"):
-        load_dataset("coco", coco / "val2017")
-    file = coco / "annotations" / "instances_val2017.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(data.DataError, match="instances_val2017.json is not a COCO"):
-        load_dataset("coco", coco)
-    file.write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(data.DataError, match="split of coco .* is empty"):
-        load_dataset("coco", coco)
 
 
 def test_coco_reads_rem_and_real_layouts(tmp_path, coco):

@@ -1,8 +1,6 @@
 """support/show/sheets.py: which image stands where, in which colour its caption is, whatever the answers."""
 
 import json
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,28 +8,17 @@ import torch
 from fakes import COLOURS, answer, sample
 from PIL import Image
 
-import data
 import eval as evaluation
 import reward
 from support.learner.stage import Batch
 from support.show import sheets
 
 
-def thumbnails(path, colours):
-    """Where each colour stands, as (y, x) of its corner."""
-    pixels = np.asarray(Image.open(path)) @ [2**16, 2**8, 1]
-    corners = {}
-    for r, g, b in colours:
-        y, x = (pixels == r * 2**16 + g * 2**8 + b).nonzero()
-        assert len(y) == sheets.THUMB * sheets.THUMB // 2, "40 x 20 pixels, the aspect kept, nothing written over it"
-        corners[r, g, b] = y.min(), x.min()
-    return corners
-
-
 def reading_order(path, colours):
-    """Line by line, left to right."""
-    corners = thumbnails(path, colours)
-    return sorted(colours, key=corners.__getitem__)
+    """Line by line, left to right, as each colour's first pixel stands."""
+    pixels = np.asarray(Image.open(path)) @ [2**16, 2**8, 1]
+    corner = lambda colour: tuple(np.argwhere(pixels == np.dot(colour, [2**16, 2**8, 1]))[0])
+    return sorted(colours, key=corner)
 
 
 def has_colour(path, colour):
@@ -64,33 +51,6 @@ def test_a_caption_has_the_colour_of_what_its_value_earns(tmp_path, monkeypatch)
     assert colour(9) == sheets.ORANGE
 
 
-def test_before_and_after_show_each_policys_order(tmp_path):
-    """Prompts of 2, 3 and 8 images, read from the files: the first two share a line; a policy that cannot be read is out."""
-    samples = {n: [sample(*range(n), prefix=f"{n}-"), sample(*range(n), prefix="not shown")] for n in (2, 3, 8)}
-    for n, few in samples.items():
-        few[0] = data.Sample(tuple(replace(item, image=partial(Image.new, "RGB", (40, 20), (n, 9, 10 * i)))
-                             for i, item in enumerate(few[0].items, 1)))  # fmt: skip
-    orders = {"base": {2: [1, 2], 3: [3, 1, 2], 8: [*range(1, 9)]},
-              "stage1": {2: [2, 1], 3: None, 8: [*range(8, 0, -1)]}}  # fmt: skip
-    for name, of in orders.items():
-        said = {n: "no list" if order is None else answer(*((i, 1) for i in order)) for n, order in of.items()}
-        lines = [json.dumps(evaluation.judge(s, said[n])) for n, few in samples.items() for s in few]
-        (tmp_path / f"predictions_{name}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "predictions_stage2.jsonl").write_text("{")
-    sheets.compare_policies(tmp_path, ["base", "stage 1", "stage 2", "stage 3"], samples)
-    pixels = np.asarray(Image.open(tmp_path / "before_after.png"))
-    rows = {}  # y -> (prompt, image) from left to right
-    for n, few in samples.items():
-        for i in range(1, len(few[0].items) + 1):
-            y, x = (pixels == (n, 9, 10 * i)).all(-1).nonzero()
-            for top in sorted(set(y))[:: sheets.THUMB // 2]:  # once for each policy
-                rows.setdefault(top, []).append((x[y == top].min(), (n, i)))
-    seen = [[what for _, what in sorted(row)] for _, row in sorted(rows.items())]
-    line = lambda n, order: [(n, i) for i in order]
-    assert seen == [line(2, [1, 2]) + line(3, [3, 1, 2]), line(2, [2, 1]) + line(3, [1, 2, 3]),
-                    line(8, range(1, 9)), line(8, range(8, 0, -1))]  # fmt: skip
-
-
 @pytest.mark.parametrize("n", [1, 10])
 def test_a_group_shows_all_images_and_marks_the_mutated(tmp_path, n):
     shown, path = sample(*range(n)), tmp_path / "g.png"
@@ -98,7 +58,7 @@ def test_a_group_shows_all_images_and_marks_the_mutated(tmp_path, n):
     rewards = [reward.compute_reward(text, shown.labels, 4) for text in texts]
     for mutated, advantages in (([False, True], [1.5, 0.0]), ([False, False], [0.0, -1.5])):
         sheets.draw_group(shown, texts, rewards, advantages, mutated, "Step 0", path)
-        thumbnails(path, COLOURS[:n])
+        assert len(reading_order(path, COLOURS[:n])) == n  # else one of them is not to be found
         found = [has_colour(path, colour) for colour in (sheets.ORANGE, sheets.GREEN, sheets.RED)]
         assert found == [any(mutated), advantages[0] > 0, advantages[1] < 0]
     assert sheets.short_answer("", None) == "not valid: "
