@@ -1,5 +1,7 @@
 """Data for RARL (arXiv 2601.20585): labelled images in, prompts for a Qwen2.5-VL policy out.
 
+Version 2026.11 of "RARL, by hand"; runs with Python 3.11, torch 2.13, numpy 2.4, pillow 13.0.
+
 What is here, in the order in which a training step uses it:
 
     Item      one image with one number (an age, a count, a score) and the Task that asks for it

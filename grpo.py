@@ -1,5 +1,7 @@
 """GRPO: group advantages, KL to the reference and the clipped loss, as plain functions of tensors.
 
+Version 2026.11 of "RARL, by hand"; runs with Python 3.11, torch 2.13.
+
 G answers o_i to one prompt get rewards r_i. Their mean is the baseline, so no critic has to be learned:
 
     A_i   = (r_i - mean(r)) / std(r)                                           group_advantages

@@ -1,5 +1,7 @@
 """The policy pi_theta of RARL (arXiv 2601.20585): a Qwen2.5-VL that is sampled and scored **once per group**.
 
+Version 2026.11 of "RARL, by hand"; runs with Python 3.11, torch 2.13, transformers 5.23.
+
 GRPO asks G answers to the same question. The usual implementation repeats the prompt G times: G vision passes and G
 prefills to sample, and G forwards over the prompt to score. Here the prompt is encoded once per group:
 

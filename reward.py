@@ -1,5 +1,7 @@
 """The reward of RARL (arXiv 2601.20585, reward): from the text of one answer to one number.
 
+Version 2026.11 of "RARL, by hand"; runs with Python 3.11 alone.
+
 For n images with labels y_1..y_n the policy writes one JSON list in ranked order, lowest first:
 
     [{"image_id": 2, "value": 17}, {"image_id": 1, "value": 23}]

@@ -1,5 +1,7 @@
 """Response Mutation Operations (RMO): in a group that teaches nothing, replace some answers by good ones.
 
+Version 2026.11 of "RARL, by hand"; runs with Python 3.11, torch 2.13.
+
 Why. GRPO's advantage is A_i = (r_i - mean) / std within a group of G answers. If all score the same r, every
 A_i is 0 and the group has no gradient; if that r is poor, the policy is stuck there. Let k of them be
 replaced by answers that score r + d. Then mean = r + d k / G, std = d sqrt(k (G - k)) / G, and d cancels:

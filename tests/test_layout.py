@@ -46,6 +46,20 @@ def test_leaf_imports_only_what_the_design_allows(leaf):
     assert first_names(ROOT / f"{leaf}.py") - set(sys.stdlib_module_names) <= LEAVES[leaf]
 
 
+def test_leaves_say_their_version_and_what_they_need():
+    """In one line near the top, for whoever finds a copy. All five bear one version: it is that of the whole."""
+    pins = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
+    line = re.compile(r'Version (\d{4}\.\d\d) of "RARL, by hand"; runs with Python 3.11(?: alone|, (.+))\.')
+    versions = set()
+    for leaf, packages in LEAVES.items():
+        said = line.fullmatch((ROOT / f"{leaf}.py").read_text(encoding="utf-8").splitlines()[2])
+        assert said, leaf
+        versions.add(said[1])
+        named = dict(part.split() for part in said[2].split(", ")) if said[2] else {}
+        assert named == {(name := package.replace("PIL", "pillow")): pins[name] for package in packages}, leaf
+    assert len(versions) == 1
+
+
 @pytest.mark.parametrize("room", UPWARDS)
 def test_nobody_imports_upwards(room):
     files = sorted((ROOT / room).glob("*.py" if room == "." else "**/*.py"))
