@@ -367,10 +367,34 @@ def answer_positions(inputs: PromptInputs, length: int) -> Tensor:
     return (inputs.answer_start[:, None] + steps).expand(3, -1, -1)
 
 
+class Float32Product(torch.autograd.Function):
+    """(M, C) hidden @ (V, C) weight^T as float32, of bf16 factors: the product is summed in float32, and stays so.
+
+    A bf16 logit of 20 would be rounded to a multiple of 0.125. torch has this product on a GPU alone, without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        return grad @ weight, grad.t() @ hidden
+
+
 def sampling_logits(policy: Policy, hidden: Tensor, temperature: float) -> Tensor:
     """(..., C) hidden states -> (..., V) float32 logits of the distribution that answers are sampled from."""
-    logits = policy.model.lm_head(hidden).float() / temperature
-    return logits.masked_fill(policy.banned, -torch.inf)
+    head = policy.model.lm_head
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else head.weight.dtype
+    if hidden.is_cuda and half != torch.float32:
+        logits = Float32Product.apply(hidden.flatten(0, -2).to(half), head.weight.to(half))
+        logits = logits.view(*hidden.shape[:-1], -1)
+    else:
+        logits = head(hidden).float()
+    return (logits / temperature).masked_fill(policy.banned, -torch.inf)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -158,11 +158,11 @@ def roll_out(learner: Learner, stage: Stage, prompts: list[data.Prompt], keys: l
     s, policy = learner.settings, learner.rollout_policy
     generators = [torch.Generator().manual_seed(seed_of(*key)) for key in keys]
     rollouts = []
-    for b in range(0, len(prompts), s.rollout_batch):
-        part = slice(b, b + s.rollout_batch)
-        rollouts.append(
-            rarl.generate(policy, prompts[part], s.group_size, stage.max_new_tokens, s.temperature, generators[part])
-        )
+    with learner.sampling():
+        for b in range(0, len(prompts), s.rollout_batch):
+            part, length = slice(b, b + s.rollout_batch), stage.max_new_tokens
+            some = rarl.generate(policy, prompts[part], s.group_size, length, s.temperature, generators[part])
+            rollouts.append(some)
     learner.clock.lap("rollout")
     return rarl.concatenate(rollouts, policy.eos_id)
 
@@ -239,7 +239,9 @@ def ask_everywhere(learner: Learner, samples: dict[int, list[data.Sample]], name
         progress = f"{name}, {n} image{'s' * (n > 1)}" if name and world.main else None
         mine = few[world.rank :: world.size]
         length = data.max_answer_tokens(policy, few)
-        parts = world.gather(evaluation.ask(policy, mine, s.rollout_batch, length, progress))
+        with learner.sampling():
+            answers = evaluation.ask(policy, mine, s.rollout_batch, length, progress)
+        parts = world.gather(answers)
         predictions[n] = [parts[i % world.size][i // world.size] for i in range(len(few))]
     return predictions
 

@@ -117,6 +117,10 @@ class Learner:
         for ours, theirs in zip(self.rollout_policy.parameters(), self.policy.parameters(), strict=True):
             ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
+    def sampling(self) -> contextlib.AbstractContextManager:
+        """For rollouts and evaluations: LoRA's adapters are cast once, not for each token."""
+        return lora.adapters_cast(self.policy) if self.lora else contextlib.nullcontext()
+
     def autocast(self):
         """bf16 matrix products on a GPU."""
         # No cache: it would hold a bf16 copy of all weights; each is used once in a forward anyway.

@@ -121,6 +121,14 @@ def adapters_off(model: nn.Module, instead: Adapters | None = None) -> Iterator[
             layer.on, layer.instead = True, None
 
 
+def adapters_cast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it A and B are as their layer's W, cast once and not at each call. For sampling: no gradient gets through."""
+    dtype = lambda x: x.base.weight.dtype
+    return adapters_off(
+        model, {n: (x.A.detach().to(dtype(x)), x.B.detach().to(dtype(x))) for n, x in lora_layers(model).items()}
+    )
+
+
 def adapters_of(model: nn.Module) -> Adapters:
     """A copy of what the adapters are now."""
     return {name: (x.A.detach().clone(), x.B.detach().clone()) for name, x in lora_layers(model).items()}
