@@ -125,9 +125,8 @@ def test_logits_are_finer_than_bf16(half):
 
 VARIANTS = {
     "full": {},
-    "two updates, checkpointing": dict(updates=2, activation_checkpointing=True),
+    "two updates, checkpointing, offload": dict(updates=2, activation_checkpointing=True, offload=True),
     "frozen vision": dict(freeze_vision=True),
-    "offload": dict(offload=True),
     "LoRA": dict(lora_rank=4, activation_checkpointing=True),
     "LoRA with vision": dict(lora_rank=4, lora_targets="language+vision"),
 }

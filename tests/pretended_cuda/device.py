@@ -44,7 +44,7 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor):
-        how = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype)
+        how: Any = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype)
         self: Any = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, **how, device=GPU)  # type: ignore[attr-defined]
         self.numbers = numbers
         return self
@@ -54,6 +54,9 @@ class Pretended(Tensor):
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         return run(operator, args, kwargs or {})
+
+    def __repr__(self):
+        return f"Pretended({self.numbers})"
 
     def tolist(self):  # torch's own reads memory
         return self.cpu().tolist()
