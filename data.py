@@ -315,7 +315,12 @@ def chat_text(tokenizer, sample: Sample) -> str:
     The images' marks are written into the text here, so that a template for text alone (Qwen2.5's) serves as well.
     """
     images = "".join(f"Image {i}: {IMAGE}\n" for i in range(1, len(sample.items) + 1))
-    message = {"role": "user", "content": images + question_text(sample.task, len(sample.items))}
+    question = question_text(sample.task, len(sample.items))
+    if mark := next((mark for mark in tokenizer.added_tokens_encoder if mark in question), None):
+        raise DataError(
+            f"{question!r} must not contain {mark}, a mark of the tokenizer's own: change --question or --order"
+        )
+    message = {"role": "user", "content": images + question}
     return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
@@ -333,7 +338,7 @@ def make_prompts(policy, samples: list[Sample]) -> list[Prompt]:
         if len(rest) != len(sample.items):
             raise DataError(
                 f"the prompt of task {sample.task.name!r} has {len(rest)} <|image_pad|> for {len(sample.items)} images: "
-                "the question must not contain image tokens, and the model's chat template must place one per image"
+                "the model's chat template changes what a message says"
             )
         for (_, rows, columns), piece in zip(grids, rest, strict=True):
             text += "<|image_pad|>" * (rows * columns // processor.merge_size**2) + piece

@@ -46,11 +46,12 @@ import rarl
 import reward
 from support import rank
 from support.datasets import saved_task
-from support.datasets.image_files import unreadable
+from support.datasets.image_files import refuse_unreadable
+from support.datasets.splits import say
 from support.learner.policies import load_any
 from support.run.atomic_files import write_text
 from support.run.checkpoints import check_policy
-from support.run.eval_settings import output_folder, parse_arguments, say
+from support.run.eval_settings import output_folder, parse_arguments
 from support.show.results import beside, blind_rows, finite, mean, remarks, results_table, write_predictions
 from support.show.sheets import draw_predictions
 
@@ -309,7 +310,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         saved, args.data, args.data_root, args.split, args.given, args.skip_bad
     )
     samples = {n: data.make_samples(items, n, args.samples, args.seed) for n in sorted(set(args.images))}
-    _check_images(samples)
+    refuse_unreadable([item for few in samples.values() for sample in few for item in sample.items])
     out = output_folder(args, "eval", Path(args.model).name, args.data, args.split)
     say(saved_task.describe([item.task for item in items], saved, args.data))
     policy = load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
@@ -327,14 +328,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     write_predictions(predictions, out / "predictions.jsonl")
     draw_predictions([sample for few in samples.values() for sample in few], predictions, out / "predictions.png")
     print(f"\nwrote results.json, predictions.jsonl and predictions.png to {out}")
-
-
-def _check_images(samples: dict[int, list[data.Sample]]) -> None:
-    """Open every image once: an unreadable one should not end an evaluation after an hour."""
-    shown = {item.name: item for few in samples.values() for sample in few for item in sample.items}
-    if broken := unreadable(list(shown.values())):
-        more = f"; {len(broken)} such in all" if len(broken) > 1 else ""
-        raise data.DataError(f"{next(iter(broken.values()))}{more}, --skip-bad leaves them out")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ The order is merged from many answers:
 import argparse
 import json
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,9 +31,10 @@ import rarl
 import reward
 from data import DataError, Item, Sample, Task
 from support.datasets import saved_task
-from support.datasets.image_files import ENDINGS, open_image, unreadable
-from support.run.eval_settings import output_folder, say
-from support.show.results import format_table, write_predictions
+from support.datasets.image_files import ENDINGS, open_image, refuse_unreadable, unreadable
+from support.datasets.splits import say
+from support.run.eval_settings import output_folder
+from support.show.results import NEARLY_ALL_VALUES, format_table, write_predictions
 from support.show.sheets import draw_ranking
 
 Ask = Callable[[list[Sample]], list[str]]  # prompts -> the texts that a policy answers
@@ -59,39 +61,22 @@ def rank_images(ask: Ask, items: Sequence[Item], window: int = 4, rounds: int = 
     window   images in a prompt, >= 2; fewer items than that make one window
     rounds   0 ranks by the values alone
     """
-    values = _ask_values(ask, items)
-    order = merge_rankings(values, [])
+    answers = [reward.parse_response(text, 1) for text in ask([Sample((item,)) for item in items])]
+    values = [answer[0][1] if answer else None for answer in answers]
+    order, asked = merge_rankings(values, []), 0
     votes: list[list[int]] = []
-    asked = 0
     for r in range(rounds if len(items) > 1 else 0):
-        groups = _shuffled_windows(order, window, r)
-        votes += _ask_orders(ask, items, groups)
+        groups = []
+        for start in window_starts(len(order), window, r):
+            groups.append(order[start : start + window])
+            random.Random(f"window {r} {start}").shuffle(groups[-1])
+        texts = ask([Sample(tuple(items[i] for i in group)) for group in groups])
+        for group, text in zip(groups, texts, strict=True):
+            if answer := reward.parse_response(text, len(group)):
+                votes.append([group[image_id - 1] for image_id, _ in answer])
         asked += len(groups)
         order = merge_rankings(values, votes)
     return Ranking(order, values, asked, asked - len(votes))
-
-
-def _ask_values(ask: Ask, items: Sequence[Item]) -> list[float | None]:
-    """What the policy says of each image alone; None where the answer is not valid."""
-    answers = [reward.parse_response(text, 1) for text in ask([Sample((item,)) for item in items])]
-    return [answer[0][1] if answer else None for answer in answers]
-
-
-def _ask_orders(ask: Ask, items: Sequence[Item], groups: list[list[int]]) -> list[list[int]]:
-    """Groups of indices -> each group in the order of its answer, lowest first; without the invalid ones."""
-    texts = ask([Sample(tuple(items[i] for i in group)) for group in groups])
-    answers = [reward.parse_response(text, len(group)) for text, group in zip(texts, groups, strict=True)]
-    return [[group[image_id - 1] for image_id, _ in a] for group, a in zip(groups, answers, strict=True) if a]
-
-
-def _shuffled_windows(order: list[int], window: int, r: int) -> list[list[int]]:
-    """The groups of round r: neighbours in the order, shuffled the same way each time."""
-    groups = []
-    for start in window_starts(len(order), window, r):
-        group = order[start : start + window]
-        random.Random(f"window {r} {start}").shuffle(group)
-        groups.append(group)
-    return groups
 
 
 def window_starts(n: int, window: int, r: int) -> list[int]:
@@ -104,11 +89,6 @@ def window_starts(n: int, window: int, r: int) -> list[int]:
     """
     step, last = (window + 1) // 2, max(0, n - window)  # the last window is whole: it starts earlier instead
     return sorted({min(max(0, start), last) for start in range(-(r % 2) * (step // 2), n, step)})
-
-
-def count_windows(n: int, window: int, rounds: int) -> int:
-    """How many prompts with several images `rank_images` will ask."""
-    return sum(len(window_starts(n, window, r)) for r in range(rounds)) if n > 1 else 0
 
 
 # --- many listed orders -> one order ------------------------------------------------------------------------
@@ -202,16 +182,22 @@ def rank_command(
         raise DataError(f"--out {out} is ranked itself: its sheet would be among the images the next time")
     say(saved_task.describe([task], saved, args.data))
     policy = load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
-    windows = count_windows(len(items), args.window, args.rounds)
-    say(f"{len(items)} prompts with 1 image, {windows} with {min(args.window, len(items))} ...")
-    ask = asker(answer_greedily, policy, args.batch_size, progress=True)
-    ranked = rank_images(ask, items, args.window, args.rounds)
-    if ranked.values.count(None) == len(items) and ranked.invalid == windows:
+    n = len(items)
+    windows = sum(len(window_starts(n, args.window, r)) for r in range(args.rounds)) if n > 1 else 0
+    say(f"{n} prompts with 1 image, {windows} with {min(args.window, n)} ...")
+    ranked = rank_images(
+        asker(answer_greedily, policy, args.batch_size, progress=True), items, args.window, args.rounds
+    )
+    if ranked.values.count(None) == n and ranked.invalid == windows:
         raise rarl.ModelError(
-            f"none of the {len(items) + windows} answers is valid, so there is no order: train this model first"
+            f"none of the {n + windows} answers is valid, so there is no order: train this model first"
         )
-    rows = ranking_rows(items, ranked)
-    print(json.dumps(rows) if args.json else format_table(ranking_table(rows), left=(2,)))
+    rows: list[dict] = [
+        {"rank": r, "file": items[i].name, "value": ranked.values[i]} for r, i in enumerate(ranked.order, 1)
+    ]
+    value = lambda row: "-" if row["value"] is None else f"{row['value']:.6g}"
+    table = [["rank", "value", "file"], *([str(row["rank"]), value(row), row["file"]] for row in rows)]
+    print(json.dumps(rows) if args.json else format_table(table, left=(2,)))
     write_predictions(rows, out / "ranking.jsonl")
     draw_ranking(items, ranked.order, ranked.values, out / "ranking.png")
     for remark in ranking_remarks(ranked, bad):
@@ -233,7 +219,7 @@ def asker(
     return answers
 
 
-# --- image files in, rows out -------------------------------------------------------------------------------
+# --- image files in -----------------------------------------------------------------------------------------
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -244,26 +230,20 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for text in paths:
-        path = Path(text)
-        if not text or not path.exists():
+        if os.path.isdir(text):
+            inside = [f for f in sorted(Path(text).iterdir()) if f.suffix.lower() in ENDINGS and f.is_file()]
+            files += (shown := [f for f in inside if f.name[0] != "."])
+            if not shown:
+                raise DataError(f"folder {text} has no images ({' '.join(ENDINGS)}); subfolders are not searched")
+        elif os.path.isfile(text):
+            files.append(Path(text))
+        else:
             raise DataError(f"--rank: there is no file or folder {text!r}")
-        if not path.is_dir() and not path.is_file():
-            raise DataError(f"--rank: {text!r} is neither a file nor a folder: save its image as a file first")
-        files += _images_inside(path) if path.is_dir() else [path]
-    seen: dict[Path, Path] = {}
+    first: dict[Path, Path] = {}
     for file in files:
-        first = seen.setdefault(file.resolve(), file)
-        if first is not file:
-            raise DataError(f"{file} is given twice" + (f", first as {first}" if first != file else ""))
+        if first.setdefault(file.resolve(), file) is not file:
+            raise DataError(f"{file} is given twice, first as {first[file.resolve()]}")
     return files
-
-
-def _images_inside(folder: Path) -> list[Path]:
-    images = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and f.is_file())
-    images = [f for f in images if not f.name.startswith(".")]
-    if not images:
-        raise DataError(f"folder {folder} has no images ({' '.join(ENDINGS)}); subfolders are not searched")
-    return images
 
 
 def load_images(files: Sequence[Path], task: Task, skip_bad: bool = False) -> tuple[list[Item], list[str]]:
@@ -273,53 +253,31 @@ def load_images(files: Sequence[Path], task: Task, skip_bad: bool = False) -> tu
     them out where skip_bad.
     """
     items = [Item(str(file), math.nan, task, partial(open_image, file), file) for file in files]
-    wrong = unreadable(items)
-    if wrong and (not skip_bad or len(wrong) == len(items)):
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        advice = "; --skip-bad leaves such files out" if len(wrong) < len(items) else ""
-        raise DataError("; ".join([*wrong.values()][:5]) + more + advice)
+    if not skip_bad:
+        refuse_unreadable(items)
+    wrong = unreadable(items) if skip_bad else {}
+    if len(wrong) == len(items):
+        raise DataError(f"none of the {len(items)} files is an image that can be read, such as {files[0]}")
     return [item for item in items if item.path not in wrong], list(wrong.values())
 
 
-def ranking_rows(items: Sequence[Item], ranking: Ranking) -> list[dict]:
-    """The ranking as dicts that JSON can hold: rank (from 1), file, value (None: no valid answer), lowest first."""
-    return [{"rank": r, "file": items[i].name, "value": ranking.values[i]} for r, i in enumerate(ranking.order, 1)]
-
-
-def ranking_table(rows: list[dict]) -> list[list[str]]:
-    """The cells of the table of `ranking_rows`, its head first."""
-    value = lambda row: "-" if row["value"] is None else f"{row['value']:.6g}"
-    return [["rank", "value", "file"], *([str(row["rank"]), value(row), row["file"]] for row in rows)]
-
-
 def ranking_remarks(ranking: Ranking, bad: Sequence[str] = ()) -> list[str]:
-    """What a reader of the ranking has to know: images that are not in it, answers that were not valid, values that are
-    all or nearly all alike.  bad: what `load_images` left out"""
+    """What a reader of the ranking has to know: what is not in it, was not valid, is alike.  bad: of `load_images`"""
     n, missing = len(ranking.order), ranking.values.count(None)
     said = [f"left out: {problem}" for problem in bad]
     if bad:
         said.append(f"left out {len(bad)} of {n + len(bad)} images")
     if missing:
-        said.append(
-            f"{missing} of {n} images have no value, as the answer was not valid: the windows place them, or the middle"
-        )
+        said.append(f"{missing} of {n} images have no valid value: the windows place them, or the middle")
     if ranking.invalid:
         said.append(f"{ranking.invalid} of {ranking.windows} windows were left out, as the answer was not valid")
     known = [value for value in ranking.values if value is not None]
     value, times = Counter(known).most_common(1)[0] if known else (math.nan, 0)
-    if len(known) > 1 and times >= NEARLY_ALL * len(known):
-        share = (
-            f"all {times} values are {value:g}"
-            if times == len(known)
-            else f"{times} of {len(known)} values are {value:g}"
+    if len(known) > 1 and times >= NEARLY_ALL_VALUES * len(known):
+        blind = ranking.windows == ranking.invalid
+        rest = "nothing but the order in which they were given" if blind else "the windows alone"
+        said.append(
+            f"{times} of {len(known)} values are {value:g}: this policy hardly tells these images apart, and their order "
+            f"rests on {rest}"
         )
-        rest = (
-            "the windows alone"
-            if ranking.windows > ranking.invalid
-            else "nothing but the order in which they were given"
-        )
-        said.append(f"{share}: this policy hardly tells these images apart, and their order rests on {rest}")
     return said
-
-
-NEARLY_ALL = 0.9  # from this share on, equal values are worth a remark

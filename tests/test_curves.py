@@ -73,8 +73,8 @@ GOOD = '{"stage": 1, "step": 0, "images": 1, "reward": 0.5}\n'
 
 @pytest.mark.parametrize(
     "metrics, timing",
-    [("", ""), ("[1]\n", ""), ('{"stage": 1, "step": 0}\n', ""), (GOOD.replace("0.5", '"x"'), ""),
-     (GOOD + GOOD.replace('"images": 1', '"images": "2"'), ""), (GOOD, '{"stage": 1}\n')],
+    [("", ""), ("[1]\n", ""), ('{"stage": 1, "step": 0}\n', ""),
+     (GOOD, '{"stage": 1}\n')],
 )  # fmt: skip
 def test_damaged_metrics_are_named(tmp_path, metrics, timing):
     (tmp_path / "metrics.jsonl").write_text(metrics)

@@ -1,7 +1,10 @@
 """Items, samples, prompts: what the policy is shown must be what the label is about, and nothing of the test set."""
 
+import copy
+import dataclasses
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -94,10 +97,20 @@ def test_chat_text_is_what_a_template_for_images_writes(policy):
     assert data.chat_text(policy.tokenizer, sample) == expected
 
 
-def test_a_question_cannot_smuggle_image_tokens(policy):
-    task = data.Task("odd", "What is <|image_pad|>?", "from low to high", 1)
-    with pytest.raises(data.DataError, match="image_pad"):
-        data.make_prompts(policy, [data.Sample((data.Item("a", 1, task, lambda: noise_image(56, 56)),))])
+@pytest.mark.parametrize("field", ["question", "order"])
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|im_end|>", "<tool_call>"])
+def test_a_question_cannot_smuggle_what_the_tokenizer_takes_for_a_mark(policy, field, mark):
+    """Whatever was added to the tokenizer, also where it is not spelled <|...|>. What only looks like one is text."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.add_tokens("<tool_call>", special_tokens=True)
+
+    def asked(text):
+        task = dataclasses.replace(drawings.DOTS, **{field: text})
+        return data.chat_text(tokenizer, data.Sample((data.Item("a", 1, task, None),) * 2))
+
+    with pytest.raises(data.DataError, match=rf"must not contain {re.escape(mark)}, a mark of the tokenizer's own"):
+        asked(f"x {mark}?")
+    assert "<think> a < b | c > d?" in asked("<think> a < b | c > d?")
 
 
 # --- references and samples ------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_inspection_says_it_all(tmp_path, capsys):
         "identical   2 files with different labels: at most one label can be right",
         f"test {tmp_path / names[4]} (7) = train {tmp_path / names[3]} (6)",
         "2 files in more than one split: take them out of train",
-        f"test {tmp_path / names[4]} = train {tmp_path / names[3]}",
+        f"test {tmp_path / names[4]} (7) = train {tmp_path / names[3]} (6)",
         "age       4    4  7    10 ",
         "  4       1 ####",
     ):
@@ -67,7 +67,7 @@ def test_constants_in_the_report_earn_what_they_would(tmp_path, capsys):
     data_report.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
     text = capsys.readouterr().out
     line = next(line.split() for line in text.splitlines() if line.startswith("rating"))
-    assert line == ["rating", "6", "1", "9", "2", "1", "0.60", "2.40", "1", "0.60", "2.40", "30", "%", "0", "%", "-"]
+    assert line == ["rating", "6", "1", "9", "2", "1", "0.60", "2.40", "1", "0.60", "2.40", "30%", "0%", "-"]
     assert "nearly as much as a good policy: rating 1." in text  # 0.6 > 0.75 * 0.77
     assert "of the train split" in text
     data_report.main(["csv", str(tmp_path), "--out", str(tmp_path / "sheet.png"), "--delta", "1"])
@@ -114,13 +114,9 @@ def test_identical_files_with_different_labels_come_first(tmp_path, capsys):
     assert "e.png" in text[second:] and "c.png" not in text
 
 
-@pytest.mark.parametrize(
-    ("out", "said"), [("x.xyz", "must end in"), ("x", "must end in"), ("no/x.png", "there is no folder"),
-                      ("dir.png", "no regular file"), ("pipe.png", "no regular file")],
-)  # fmt: skip
-def test_where_the_sheet_cannot_be_written_is_said_at_once(tmp_path, out, said, capsys):
-    (tmp_path / "dir.png").mkdir()
+@pytest.mark.parametrize("out", ["x.xyz", "x", "no/x.png", "pipe.png"])
+def test_where_the_sheet_cannot_be_written_is_said_at_once(tmp_path, out, capsys):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(SystemExit, match=rf"data\.py: --out .*{said}"):
+    with pytest.raises(SystemExit, match=r"data\.py: --out .*must be a picture's name"):
         data_report.main(["dots", "--out", str(tmp_path / out)])
     assert capsys.readouterr().out == ""

@@ -32,11 +32,11 @@ def test_own_question_order_delta_decimals(tmp_path):
     assert items[0].task.question == items[1].task.question and items[0].task != items[1].task
     assert load_dataset("dots", None, "val", {"delta": 2.0})[0].task.delta == 2
     for wrong, text in (({"delta": 0}, "--delta 0"), ({"delta": float("nan")}, "--delta nan"), ({"decimals": -1}, "--decimals"),
-                        ({"question": " "}, "must not be empty"), ({"dleta": 1}, "dleta")):  # fmt: skip
+                        ({"question": " "}, "must be text and not empty"), ({"order": "\udcff?"}, "must be text"), ({"dleta": 1}, "dleta")):  # fmt: skip
         with pytest.raises(data.DataError, match=text):
             load_dataset("dots", None, "val", wrong)
     write_table(root, "csv", [{"path": "d.jpg", "label": 2}])
-    with pytest.raises(data.DataError, match="all labels are 2, so delta is unknown: set --delta"):
+    with pytest.raises(data.DataError, match="the labels are all about 2, so delta is unknown: set --delta"):
         datasets.read_dataset("csv", root)
     assert everything("csv", root, task_overrides={"delta": 1.5})[0]["d.jpg"].task.delta == 1.5
 
@@ -52,14 +52,14 @@ def test_bad_rows_are_named_or_left_out_and_counted(tmp_path, kind):
         (["../secret.jpg", 3], "the path leads out of "),
         (["x/../../secret.jpg", 3], "the path leads out of "),
         ([outside, 3], "the path leads out of "),
-        (["gone.jpg", 3], "the image file does not exist: .*gone.jpg"),
+        (["gone.jpg", 3], "the image file does not exist.*gone.jpg"),
         (["", 3], "has no path"),
         (["a.jpg", ""], "has no label"),
-        (["a.jpg", "nan"], "not a finite number: 'nan'"),
+        (["a.jpg", "nan"], "not a finite number .*'nan'"),
         (["a.jpg", "1e999"], "not a finite number"),
-        (["a.jpg", "old"], "not a finite number: 'old'"),
-        (["a.jpg", "1_5"], "the label is a range, where one number is needed, such as its middle: '1_5'"),
-        (["a.jpg", "25 - 32"], "the label is a range"),
+        (["a.jpg", "old"], "not a finite number .*'old'"),
+        (["a.jpg", "1_5"], "not a finite number .*of a range take the middle.: '1_5'"),
+        (["a.jpg", "25 - 32"], "not a finite number"),
         (["a.jpg", "１２"], "not a finite number"),  # full-width digits, which float() reads
         (["a.jpg", "٣"], "not a finite number"),
         (["a.jpg", "0x10"], "not a finite number"),
@@ -169,13 +169,3 @@ def test_labels_in_a_small_unit_can_be_written():
     assert (small.decimals, small.delta) == (4, pytest.approx(0.000225))
     assert tasks.fit_to_labels(readers.RATING, [1 / 3, 2.5, 4]).decimals == 3
     assert tasks.fit_to_labels(readers.RATING, [1 / 3e4, 2.5e-4, 4e-4]).decimals == 7  # a quarter is 9e-5: 3 + 4
-
-
-@pytest.mark.parametrize("mark", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
-def test_marks_of_the_chat_are_refused_wherever_they_come_from(mark):
-    for overrides, group in (({"question": f"a{mark}b?"}, ""), ({"order": mark}, ""), ({}, f"cats{mark}")):
-        with pytest.raises(data.DataError, match=r"must not contain <\|"):
-            tasks.make_task(readers.READERS["coco"][1], overrides, group)
-    assert (
-        tasks.make_task(readers.RATING, {"question": "Is a < b | c > d?", "delta": 1}).question == "Is a < b | c > d?"
-    )

@@ -63,7 +63,7 @@ def test_others_load_without_reading_and_receive_all_that_the_main_rank_has(poli
         ({}, (0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, (1, 2)),
-        ({"RANK": "1"}, "the environment has RANK=1, which torchrun does not set like that: unset RANK WORLD_SIZE"),
+        ({"RANK": "1"}, "the environment has RANK=1 WORLD_SIZE=1, which torchrun does not set like that: unset both"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 WORLD_SIZE=2"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=2"),
@@ -84,7 +84,7 @@ def test_what_an_earlier_launcher_left_in_the_environment_is_named(monkeypatch, 
 def test_a_signal_is_heard_while_the_others_are_waited_for(monkeypatch, signals):
     """In C++, inside init_process_group, the main thread would hear none."""
     monkeypatch.setattr("support.learner.world.rank_and_size", lambda: (0, 2))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: threading.Event().wait(20))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: threading.Event().wait(5))
     stop = Stop()
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Interrupted, match="SIGTERM"):

@@ -28,7 +28,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5 4 1 65535\n" + grey.astype(">u2").tobytes())  # Pillow: mode I
     assert np.asarray(images.open_image(tmp_path / "x.pgm"))[0, :, 0].tolist() == [0, 1, 128, 255]
     for odd in (np.full((2, 2), 70000, np.int32), np.full((2, 2), 0.5, np.float32)):
-        with pytest.raises(data.DataError, match=r"x\.tif cannot be read .*no known range"):
+        with pytest.raises(data.DataError, match=r"x\.tif cannot be read .*scale them"):
             saved(tmp_path, Image.fromarray(odd), "x.tif")
 
 
@@ -39,7 +39,7 @@ def test_numbers_of_twelve_bits_in_sixteen_are_refused_not_nearly_black(tmp_path
         grey = np.full((2, 2), highest, np.uint16)
         grey[0, 0] = 0
         if refused:
-            with pytest.raises(data.DataError, match=f"16-bit pixels go up to {highest} .*scale them"):
+            with pytest.raises(data.DataError, match=f"pixels go from 0 to {highest}, .*scale them"):
                 saved(tmp_path, Image.fromarray(grey), name)
         else:
             assert saved(tmp_path, Image.fromarray(grey), name)[1, 1, 0] == round(highest / 257)
@@ -135,5 +135,5 @@ def test_what_is_no_regular_file_is_refused_not_waited_for(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     for name in ("pipe.png", "folder.png", "loop.png"):
-        with pytest.raises(data.DataError, match=f"image file .*{name} is no regular file"):
+        with pytest.raises(data.DataError, match=f"image file .*{name} does not exist, or is no regular file"):
             images.open_image(tmp_path / name)

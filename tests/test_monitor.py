@@ -83,7 +83,7 @@ def test_dead_starts_are_named():
     said = lambda change: [w for _ in range(8) if (w := warnings(alike | change, 2.0))]
     warnings = Warnings()
     (only,) = said({})
-    assert only.startswith("dead start: in the first 5 steps") and "--temperature" in only
+    assert only.startswith("dead start: so far the answers of every group") and "--temperature" in only
     for change in ({"zero_spread": 0.9}, {"reward": 2.0}):  # some groups have spread; all answers are right
         warnings = Warnings()
         assert said(change) == []

@@ -192,7 +192,7 @@ def remarks_on(values, windows=4, invalid=0):
 def test_a_ranking_says_that_its_values_are_alike():
     assert remarks_on([1, 2, 3]) == ""
     assert remarks_on([5.0]) == "", "one image is like itself"
-    assert "all 4 values are 1: this policy" in remarks_on([1.0] * 4)
+    assert "4 of 4 values are 1: this policy" in remarks_on([1.0] * 4)
     assert remarks_on([1.0] * 4).endswith("rests on the windows alone")
     assert remarks_on([1.0] * 4, windows=0).endswith("nothing but the order in which they were given")
     assert remarks_on([1.0] * 4, windows=2, invalid=2).endswith("nothing but the order in which they were given")
@@ -201,13 +201,13 @@ def test_a_ranking_says_that_its_values_are_alike():
     assert remarks_on([1] * 8 + [2, 3]) == ""
     # What was not valid is no value.
     said = remarks_on([7, None, 7, None])
-    assert "2 of 4 images have no value" in said and "all 2 values are 7" in said
+    assert "2 of 4 images have no valid value" in said and "2 of 2 values are 7" in said
     assert remarks_on([None, None, 3]).count("/") == 0
 
 
 def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(data.DataError, match="neither a file nor a folder"):
+    with pytest.raises(data.DataError, match="no file or folder"):
         find_images([str(tmp_path / "pipe.png")])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert find_images([str(tmp_path)]) == [tmp_path / "a.png"], "a pipe in a folder is passed over"

@@ -243,7 +243,7 @@ def test_ava_without_a_few_photographs_and_with_the_published_split(tmp_path):
     (tmp_path / "test").write_text("images/6\n7.jpg\n8\n")  # a list without an ending, names with and without
     assert [i.name for i in datasets.read_dataset("ava", tmp_path)[0]["test"]] == ["7", "8"]
     (tmp_path / "images/2.jpg").unlink()
-    with pytest.raises(data.DataError, match=r"line 1: the image file does not exist: .*1\.jpg"):
+    with pytest.raises(data.DataError, match=r"line 1: the image file does not exist.*1\.jpg"):
         datasets.read_dataset("ava", tmp_path)
 
 

@@ -69,11 +69,10 @@ def edit(name, value):
 
 
 DAMAGE = [
-    ("settings.json", cut, "settings.json cannot be read"),
+    ("settings.json", cut, "settings.json is damaged or of another version"),
     ("settings.json", os.unlink, "has no settings.json"),
-    ("settings.json", edit("lr", "fast"), 'settings.json: lr is "fast", which it cannot be'),
-    ("settings.json", edit("speed", 1), "is damaged or of another version of this program (they differ in speed)"),
-    ("settings.json", edit("beta", 0.5), "was changed after the start: beta was"),
+    ("settings.json", edit("lr", "fast"), "settings.json is damaged or of another version"),
+    ("settings.json", edit("speed", 1), "is damaged or of another version of this program (it differs in speed)"),
     ("checkpoints", shutil.rmtree, "stage 1 of runs/rarl is finished, but there is no checkpoint to go on from"),
     ("stage1/model.safetensors", cut, "model.safetensors was altered"),
     ("stage1/model.safetensors", flip, "model.safetensors was altered"),
@@ -115,19 +114,15 @@ def test_what_a_checkpoint_holds_may_be_lost(killed, finished, signals, monkeypa
     assert (run / "timing.jsonl").read_text().count("\n") == 4
 
 
-def test_a_finished_run_whose_table_is_lost_or_changed(finished, here, signals, monkeypatch, capsys):
+def test_a_finished_run_whose_table_is_lost(finished, here, signals, monkeypatch, capsys):
     run, (out, _) = here / "runs" / "rarl", finished
     shutil.copytree(out, run)
     monkeypatch.setattr(train, "train_stage", None)  # whoever trains, fails
-    cut(run / "results.txt")
-    with pytest.raises(SystemExit):
-        train_here("--resume")
-    assert "results.txt does not show what results.json holds" in capsys.readouterr().err
     (run / "results.txt").unlink()
     train_here("--resume")
     assert "is complete" in capsys.readouterr().out
     assert (run / "results.txt").read_text() == (out / "results.txt").read_text()
-    for damage in (cut, lambda file: file.write_text('{"stage 2": {"1": {"n": "x"}}}')):
+    for damage in (cut, lambda file: file.write_text("[]")):
         damage(run / "results.json")
         with pytest.raises(SystemExit):
             train_here("--resume")

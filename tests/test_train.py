@@ -90,6 +90,7 @@ def test_two_processes_take_the_same_steps(finished, tmp_path):
         (["--images", "4000"], "lower --images"),
         (["--device", "abacus"], "--device abacus"),
         (["--max-new-tokens", "5"], "preflight"),
+        (["--question", "How many <|im_end|>?"], "must not contain <|im_end|>, a mark of the tokenizer's own"),
     ],
 )
 def test_bad_input_ends_in_one_sentence_before_training(here, signals, capsys, arguments, message):

@@ -34,9 +34,8 @@ def _image_files(root: Path) -> tuple[list[Path], list[Row]]:
     # Part folders may be links, which rglob passes over. A folder that cannot be listed must not go missing silently.
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
         here = Path(folder)
-        inside = [os.path.realpath(f) for f in (here, *here.parents) if f.is_relative_to(root)]
-        if inside[0] in inside[1:]:  # a link to a folder that it lies in: round and round
-            folders.clear()
+        if any(os.path.samefile(here, f) for f in here.parents if f.is_relative_to(root)):
+            folders.clear()  # a link to a folder that it lies in: round and round
         else:
             files += [here / name for name in names]
     shown = [f for f in sorted(files) if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(root).parts)]
@@ -56,8 +55,7 @@ def _locate(folders: list[Path], name: str) -> Path:
 def read_utkface(root: Path, folder: Path) -> Iterator[Row]:
     """Age. UTKFace (Zhang, Song, Qi 2017): [age]_[gender]_[race]_[date].jpg or .jpg.chip.jpg, flat or in part folders.
 
-    The real set holds a few names that lack a field; they are left out and counted. So are copies: Kaggle's archive holds
-    the aligned faces twice, and many of them once more in crop_part1.
+    A few names of the real set lack a field: left out and counted. So are copies, of which Kaggle's archive holds many.
     """
     files, others = _image_files(root)
     yield from others
@@ -91,13 +89,13 @@ def read_coco(root: Path, folder: Path) -> Iterator[Row]:
     for file in files:
         year = file.stem.removeprefix("instances_")  # val2017
         folders = [f for f in (folder / year, folder / "images" / year, folder, *others) if f.is_dir()]
-        images, counted = _count_instances(file)
+        images, counts, crowds = _count_instances(file)
         if twice := next((name for name in images if annotated.setdefault(name, file) != file), None):
             raise DataError(f"{annotated[twice]} and {file} both annotate {twice}: point --data-root at one of the two")
         paths = {name: _locate(folders, name) for name in images}
-        for name, category, count, crowd in counted:
+        for (name, category), count in counts.items():
             split = split_of_part(parts[file], {*parts.values()}, name)
-            skip = "has a crowd of the category, so no known number" if crowd else ""
+            skip = "has a crowd of the category, so no known number" if (name, category) in crowds else ""
             where, item = f"{file}, {name}, {category}", f"{year}/{name}/{category}"
             yield Row(where, item, paths[name], count, name, category, split, skip)
 
@@ -113,33 +111,29 @@ def _coco_files(root: Path) -> list[Path]:
     places = ("", *(f"{name}/" for name in ANNOTATIONS), "coco/annotations/")
     files = [file for place in places for file in sorted(root.glob(f"{place}instances_*.json"))]
     if not files:
-        raise DataError(
-            f"no instances_*.json under {root}, nor in a folder annotations or coco_rem of it: point --data-root there"
-        )
+        raise DataError(f"no instances_*.json in {root}, nor in its annotations or coco_rem: point --data-root there")
     for part in ("train", "val"):
         if len(several := [file for file in files if part in file.stem]) > 1:
             raise DataError(
-                f"{several[0]} and {several[1]} are two sets of annotations: point --data-root at the one to use "
-                "(of a pair of train and val, at either)"
+                f"{several[0]} and {several[1]} are two sets of annotations: point --data-root at one of them"
             )
     return files
 
 
-def _count_instances(file: Path) -> tuple[list[str], list[tuple[str, str, int, bool]]]:
-    """All image names of a COCO file, and (image, category, number of instances, is there a crowd)."""
+def _count_instances(file: Path) -> tuple[list[str], Counter, set]:
+    """Of a COCO file: all image names; (image, category) -> number of instances; where there is a crowd."""
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text)
         names = {c["id"]: str(c["name"]) for c in content["categories"]}
         images = {i["id"]: str(i["file_name"]) for i in content["images"]}
         annotations = [a for a in content["annotations"] if a["image_id"] in images]
-        counts = Counter((a["image_id"], a["category_id"]) for a in annotations)
-        crowds = {(a["image_id"], a["category_id"]) for a in annotations if a.get("iscrowd")}
-        counted = [(images[i], names[c], n, (i, c) in crowds) for (i, c), n in sorted(counts.items())]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        annotations.sort(key=lambda a: (a["image_id"], a["category_id"]))
+        place = lambda a: (images[a["image_id"]], names[a["category_id"]])
+        crowds = {place(a) for a in annotations if a.get("iscrowd")}
+        return list(images.values()), Counter(map(place, annotations)), crowds
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is not a COCO instances file ({type(error).__name__}: {error})") from None
-    return list(images.values()), counted
 
 
 def read_ava(root: Path, folder: Path) -> Iterator[Row]:
@@ -148,26 +142,27 @@ def read_ava(root: Path, folder: Path) -> Iterator[Row]:
     15 columns: index, image id, number of votes for each score from 1 to 10, two tags, challenge. The archive lacks a few
     photographs: they are counted and left out.
     """
-    file = root / "AVA.txt"
+    file, rows = root / "AVA.txt", []
     if not os.path.lexists(file):
         raise DataError(f"{file} does not exist: point --data-root at the folder with AVA.txt and images/")
     folders = [f for f in (root / "images", root / "image", root) if f.is_dir()]
-    rows: list[Row] = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
-        where, fields = f"{file} line {number}", line.split()
-        if len(fields) != 15 or not all(re.fullmatch("[0-9]{1,15}", f) for f in fields):
+        row, fields = Row(f"{file} line {number}"), line.split()
+        if re.fullmatch("([0-9]{1,15} ){15}", " ".join([*fields, ""])):
+            image, votes = fields[1], [int(f) for f in fields[2:12]]
+            mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
+            rows.append(row._replace(name=image, path=_locate(folders, f"{image}.jpg"), label=mean, key=image))
+        else:
             rows.append(
-                Row(where, bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
+                row._replace(bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
             )
-            continue
-        image, votes = fields[1], [int(f) for f in fields[2:12]]
-        mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
-        rows.append(Row(where, image, _locate(folders, f"{image}.jpg"), mean, image))
-    gone = {row.where for row in rows if row.name and not row.path.is_file()}
-    if len(gone) > MISSING * len(rows):
-        gone = set()  # not a few: whatever is wrong, the first one is named
-    lack = "the download lacks the photograph"
-    yield from (row._replace(skip=f"{lack}: {row.path}") if row.where in gone else row for row in rows)
+    gone = {
+        row.where: f"the download lacks the photograph: {row.path}"
+        for row in rows
+        if row.name and not row.path.is_file()
+    }
+    few = len(gone) <= MISSING * len(rows)  # if not: whatever is wrong, the first one is named
+    yield from (row._replace(skip=gone.get(row.where, "")) if few else row for row in rows)
 
 
 def _table(root: Path, ending: str) -> Path:
@@ -214,11 +209,9 @@ def read_jsonl(root: Path, folder: Path) -> Iterator[Row]:
         where = f"{file} line {number}"
         if line.strip():
             try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError):
-                fields = None
-            is_object = isinstance(fields, dict)
-            yield _table_row(where, fields, folder) if is_object else Row(where, bad="is not a JSON object")
+                yield _table_row(where, json.loads(line), folder)
+            except (ValueError, AttributeError, RecursionError):
+                yield Row(where, bad="is not a JSON object")
 
 
 def read_folder(root: Path, folder: Path) -> Iterator[Row]:
@@ -241,20 +234,14 @@ def read_folder(root: Path, folder: Path) -> Iterator[Row]:
 # or at its foot: UTKFace MAE 4-5 years; AVA's labels have a standard deviation of 0.7, a good model errs by 0.4.
 
 READERS: dict[str, tuple[Callable[[Path, Path], Iterator[Row]], Task]] = {
-    "utkface": (
-        read_utkface,
-        Task("age", "How old is the person in the image, in years?", "from the youngest to the oldest", delta=10),
-    ),
-    "coco": (
-        read_coco,
-        Task("count {group}", "How many {group} instances are in the image?",
-             "from the fewest {group} instances to the most", delta=4),
-    ),
-    "ava": (
-        read_ava,
-        Task("aesthetics", "How beautiful is the photograph, from 1 (worst) to 10 (best), with two decimals?",
-             "from the least to the most beautiful", delta=1, decimals=2),
-    ),
+    "utkface": (read_utkface, Task(
+        "age", "How old is the person in the image, in years?", "from the youngest to the oldest", delta=10)),
+    "coco": (read_coco, Task(
+        "count {group}", "How many {group} instances are in the image?",
+        "from the fewest {group} instances to the most", delta=4)),
+    "ava": (read_ava, Task(
+        "aesthetics", "How beautiful is the photograph, from 1 (worst) to 10 (best), with two decimals?",
+        "from the least to the most beautiful", delta=1, decimals=2)),
 }  # fmt: skip
 # One's own labels: delta 0 and decimals -1 are found from them, see tasks.make_task.
 RATING = Task("rating", "Rate the image from {low} to {high}.", "from the lowest to the highest", delta=0, decimals=-1)

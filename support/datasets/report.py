@@ -13,24 +13,13 @@ import math
 import statistics
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import reward
-from data import (
-    DataError,
-    Item,
-    Sample,
-    Task,
-    format_value,
-    make_pools,
-    make_samples,
-    question_text,
-    reference_answer,
-)
+from data import DataError, Item, Sample, format_value, make_pools, make_samples, question_text, reference_answer
 from support.datasets.image_files import identical_files
 from support.datasets.readers import DATASETS
 from support.datasets.saved_task import GIVEN
@@ -38,7 +27,7 @@ from support.datasets.splits import LeftOut, format_left_out, format_outliers, k
 from support.run.atomic_files import write_text
 from support.run.quiet_end import abandon_broken_stdout
 from support.show.results import best_constant, format_number, format_table
-from support.show.sheets import write
+from support.show.sheets import FAINT, GREEN, INK, Sheet
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of the sheet
 SHOWN = 5  # examples of what is wrong; tasks whose question is printed
@@ -69,12 +58,10 @@ def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int 
 
 def check_out(out: Path) -> None:
     """DataError for a place that the sheet cannot be written to: said before everything is read, not after."""
-    if out.suffix.lower() not in ENDINGS:
-        raise DataError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    if not out.parent.is_dir():
-        raise DataError(f"--out {out}: there is no folder {out.parent}")
-    if out.exists() and not out.is_file():
-        raise DataError(f"--out {out} is no regular file: choose another name")
+    if out.suffix.lower() not in ENDINGS or not out.parent.is_dir() or (out.exists() and not out.is_file()):
+        raise DataError(
+            f"--out {out} must be a picture's name, ending in {', '.join(ENDINGS)}, in a folder that exists"
+        )
 
 
 def report_left_out(left_out: list[LeftOut], file: Path) -> None:
@@ -89,28 +76,16 @@ def report_left_out(left_out: list[LeftOut], file: Path) -> None:
 
 def report_identical(groups: list[list[tuple[str, Item]]]) -> None:
     """How many files have equal bytes but different labels, and how many stand in two splits, with examples."""
-    contradicting = [group for group in groups if _labels_contradict(group)]
-    leaking = [group for group in groups if len({split for split, _ in group}) > 1]
-    print(f"identical   {_files(contradicting)} with different labels", end="")
-    print(": at most one label can be right, correct them" if contradicting else "")
-    for group in contradicting[:SHOWN]:
-        print("      " + " = ".join(f"{split} {item.path} ({item.label:g})" for split, item in group))
-    print(f"            {_files(leaking)} in more than one split", end="")
-    print(": take them out of train" if leaking else "")
-    for group in leaking[:SHOWN]:
-        print("      " + " = ".join(dict.fromkeys(f"{split} {item.path}" for split, item in group)))
-
-
-def _files(groups: list[list[tuple[str, Item]]]) -> str:
-    number = len({item.path for group in groups for _, item in group})
-    return "1 file" if number == 1 else f"{number} files"
-
-
-def _labels_contradict(group: list[tuple[str, Item]]) -> bool:
-    labels: dict[Task, set[float]] = defaultdict(set)
-    for _, item in group:
-        labels[item.task].add(item.label)
-    return any(len(different) > 1 for different in labels.values())
+    contradicting = [g for g in groups if len({(i.task, i.label) for _, i in g}) > len({i.task for _, i in g})]
+    leaking = [g for g in groups if len({split for split, _ in g}) > 1]
+    for head, found, what, advice in (
+        ("identical", contradicting, "with different labels", "at most one label can be right, correct them"),
+        ("", leaking, "in more than one split", "take them out of train"),
+    ):
+        files = len({item.path for group in found for _, item in group})
+        print(f"{head:12}{files} file{'s' * (files != 1)} {what}{f': {advice}' if found else ''}")
+        for group in found[:SHOWN]:
+            print("      " + " = ".join(f"{split} {item.path} ({item.label:g})" for split, item in group))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -131,9 +106,10 @@ def report_tasks(splits: dict[str, list[Item]]) -> None:
         for value in best_constant(labels, task.delta, task.decimals):
             regression, error = constant_earns(value, labels, task.delta)
             cells += [format_value(value, task.decimals), f"{regression:.2f}", format_number(error, 2)]
-        rows.append(cells + [_percent(share_without_pair(labels, n)) for n in (2, 4, 8)])
-        if float(rows[-1][6]) > 0.75 * good:
-            easy.append(f"{task.name} {rows[-1][5]}")
+        alike = [share_without_pair(labels, n) for n in (2, 4, 8)]
+        rows.append(cells + ["-" if math.isnan(share) else f"{share:.0%}" for share in alike])
+        if float(cells[6]) > 0.75 * good:
+            easy.append(f"{task.name} {cells[5]}")
     print(f"\ntasks       {len(pools)}\n{format_table(rows)}")
     print(
         "  best by R_reg, best by MAE: the constant answers that suit the labels best"
@@ -142,9 +118,9 @@ def report_tasks(splits: dict[str, list[Item]]) -> None:
         "  drawn blindly whose labels are all equal; such are used only where a task has a single label."
     )
     if easy:
+        more = f" and {len(easy) - SHOWN} more" if len(easy) > SHOWN else ""
         print(
-            f"  Here one answer to every image earns nearly as much as a good policy: {', '.join(easy[:SHOWN])}"
-            f"{f' and {len(easy) - SHOWN} more' if len(easy) > SHOWN else ''}.\n"
+            f"  Here one answer to every image earns nearly as much as a good policy: {', '.join(easy[:SHOWN])}{more}.\n"
             "  Training draws rare labels more often, which helps; so does a smaller --delta."
         )
     print("\nasked")
@@ -185,17 +161,10 @@ def share_without_pair(labels: list[float], n: int) -> float:
     return sum(math.comb(count, n) for count in Counter(labels).values()) / math.comb(len(labels), n)
 
 
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
-
-
 def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> str:
     """A line per bin of equal width (or per value, where there are few): its range, the number of labels, a bar."""
-    values = sorted(set(labels))
-    if len(values) <= 2 * bins:
-        counts = Counter(labels)
-        rows = [(f"{value:g}", counts[value]) for value in values]
-    else:
+    rows = [(f"{value:g}", number) for value, number in sorted(Counter(labels).items())]
+    if len(rows) > 2 * bins:
         numbers, edges = np.histogram(labels, bins=bins)
         rows = [(f"{a:.4g} to {b:.4g}", n) for a, b, n in zip(edges, edges[1:], numbers, strict=False)]
     most, room = max(n for _, n in rows), max(len(text) for text, _ in rows)
@@ -206,25 +175,17 @@ def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> st
 
 
 def draw_sheet(samples: list[Sample], path: Path) -> None:
-    """A picture of samples (up to 4 images each): the images and their names, the prompt's text, the reference answer."""
-    side, gap, line, font = 190, 10, 20, ImageFont.load_default(size=14)
-    canvas = Image.new("RGB", (4 * (side + gap) + 3 * gap, len(samples) * (side + 10 * line)), "white")
-    pen, y = ImageDraw.Draw(canvas), gap
+    """A picture of samples: the images and their names, the prompt's text, the reference answer."""
+    sheet = Sheet("Samples: the images, what is asked, the right answer")
     for sample in samples:
-        for i, item in enumerate(sample.items):
-            x = 2 * gap + i * (side + gap)
-            pen.text((x, y), f"Image {i + 1}:", fill="black", font=font)
-            canvas.paste(ImageOps.contain(item.image(), (side, side)), (x, y + line))
-            write(pen, 12, (x, y + line + side + 2), item.name, side, "gray", cut="middle")
-        y += 2 * line + side + gap
+        sheet.rule()
+        sheet.y = sheet.thumbnails([(item, item.name, FAINT) for item in sample.items], cut="middle")
         prompt = question_text(sample.task, len(sample.items))
-        for text, colour in ((prompt, "black"), (reference_answer(sample), "green")):
-            # The built-in font knows no more than Latin letters.
-            for part in textwrap.wrap(text.encode("latin-1", "backslashreplace").decode("latin-1"), 116)[:4]:
-                pen.text((2 * gap, y), part, fill=colour, font=font)
-                y += line
-        y += 2 * gap
-    canvas.crop((0, 0, canvas.width, y)).save(path)
+        for text, colour in ((prompt, INK), (reference_answer(sample), GREEN)):
+            for line in textwrap.wrap(text, 160):
+                sheet.line_of(line, colour=colour)
+        sheet.y += 12
+    sheet.save(path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

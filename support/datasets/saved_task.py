@@ -9,7 +9,6 @@ run reads task.json and items.jsonl of its folder, and derives nothing anew (`as
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 from data import DataError, Item, Task
 from support.datasets.drawings import DRAWN
 from support.datasets.readers import READERS
+from support.datasets.rows import read_text
 from support.datasets.splits import load_splits, say
-from support.datasets.tasks import make_task
+from support.datasets.tasks import check, make_task
 from support.run.atomic_files import write_text
 
 FILE, ITEMS = "task.json", "items.jsonl"
@@ -32,7 +32,7 @@ class SavedTask:
     """What training asked.
 
     data        name of the data set
-    tasks       every task that training used, by its name
+    tasks       every task that training used, by its name (in the file a list)
     overrides   {"question": ..., "order": ..., "delta": ..., "decimals": ...}, those that the user gave
     max_pixels  images were shrunk to this area; None: the model's own limit
     skip_bad    unreadable images and bad rows were left out
@@ -48,20 +48,11 @@ class SavedTask:
 def save_task(
     folder: Path, name: str, items: list[Item], overrides: dict, max_pixels: int | None, skip_bad: bool
 ) -> None:
-    """Write task.json into a policy's folder.
-
-    name       the data set
-    items      what was trained on; their tasks are saved
-    overrides  question, order, delta and decimals as the user gave them; None or absent: not given
-    """
-    tasks = {item.task.name: item.task for item in items}
-    content = {
-        "data": name,
-        "tasks": [asdict(task) for _, task in sorted(tasks.items())],
-        "overrides": {field: value for field, value in overrides.items() if value is not None},
-        "max_pixels": max_pixels,
-        "skip_bad": skip_bad,
-    }
+    """Write task.json into a policy's folder: see SavedTask.  items: what was trained on"""
+    tasks = {item.task.name: asdict(item.task) for item in items}
+    given = {field: value for field, value in overrides.items() if value is not None}
+    content = {"data": name, "tasks": [tasks[task] for task in sorted(tasks)], "overrides": given,
+               "max_pixels": max_pixels, "skip_bad": skip_bad}  # fmt: skip
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -90,7 +81,7 @@ def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> 
 
     splits  the items of train, test and val as they are now. Those that were added are left out and counted
     given   question, order, delta, decimals as given now; they win
-    Raises DataError, which names the first, if images are gone or have other labels.
+    Raises DataError for the first image that is gone or has another label.
     """
     saved = load_task(folder)
     if saved is None:
@@ -101,18 +92,14 @@ def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> 
         return [apply(saved, name, items, given) for items in splits]
     now = {item.name: item for items in splits for item in items}
     begun: dict[str, list[Item]] = {split: [] for split in ORDER}
-    wrong = []
     for split, label, item_name in _read_items(folder / ITEMS):
         item = now.pop(item_name, None)
         if item is None or item.label != label:
-            wrong.append(f"{item_name} was {label:g} and is {f'{item.label:g}' if item else 'gone'}")
-        else:
-            begun[split].append(item)
-    if wrong:
-        raise DataError(
-            f"{folder} began with {len(wrong)} labels of {name} that are no longer so: {'; '.join(wrong[:3])}. Put them "
-            "back, or start another run"
-        )
+            is_now = f"is {item.label:g}" if item else "is gone"
+            raise DataError(
+                f"{folder} began with {item_name} at {label:g}, which {is_now}: put it back, or start another run"
+            )
+        begun[split].append(item)
     for split, items in zip(ORDER, splits, strict=True):  # the run may have begun without validation
         begun[split] = begun[split] or [now.pop(item.name) for item in items if item.name in now]
     if now:
@@ -124,11 +111,11 @@ def _read_items(file: Path) -> list[tuple[str, float, str]]:
     """What `begin` wrote."""
     try:
         rows = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        if rows and all([*map(type, row)] == [str, float, str] and row[0] in ORDER for row in rows):
-            return rows
-        raise ValueError("it does not hold what was written")
+        if not rows or not all([*map(type, row)] == [str, float, str] and row[0] in ORDER for row in rows):
+            raise ValueError("it does not hold what was written")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is damaged ({error}): restore it, or start another run") from None
+    return rows
 
 
 def load_task(folder: str | Path) -> SavedTask | None:
@@ -137,42 +124,19 @@ def load_task(folder: str | Path) -> SavedTask | None:
     if not file.exists():
         return None
     try:
-        if not file.is_file():
-            raise ValueError("it is not a file")
-        return _checked(json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(read_text(file))
+        tasks = [Task(**task) for task in content["tasks"]]
+        saved = SavedTask(**content | {"tasks": {task.name: task for task in tasks}})
+        for values in (saved.overrides, *({field: getattr(task, field) for field in FIELDS} for task in tasks)):
+            check({field: value for field, value in values.items() if field != "columns"})
+        if not tasks:
+            raise ValueError("there is no task in it")
+        return saved
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{file} is damaged ({type(error).__name__}: {error}): restore it, or delete it and give --question, "
             "--order, --delta and --decimals as in training"
         ) from None
-
-
-def _checked(content: dict) -> SavedTask:
-    """The content of a task.json as a SavedTask. Raises ValueError, KeyError or TypeError for what cannot be."""
-    tasks = [Task(**task) for task in content["tasks"]]
-    if not tasks or len({task.name for task in tasks}) < len(tasks):
-        raise ValueError("it must hold at least one task, each under a name of its own")
-    overrides = content["overrides"]
-    for values in (*map(asdict, tasks), overrides):
-        for field, value in values.items():
-            _check_field(field, value)
-    max_pixels, skip_bad = content["max_pixels"], content["skip_bad"]
-    if not isinstance(content["data"], str) or type(skip_bad) is not bool:
-        raise ValueError("data must be a name, and skip_bad true or false")
-    if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 56 * 56):
-        raise ValueError(f"max_pixels {max_pixels!r} is no area of at least 3136 pixels")
-    return SavedTask(content["data"], {task.name: task for task in tasks}, overrides, max_pixels, skip_bad)
-
-
-def _check_field(field: str, value: Any) -> None:
-    if field in ("name", "question", "order", "columns"):
-        sound = isinstance(value, str) and bool(value.strip())
-    elif field == "delta":
-        sound = type(value) in (int, float) and 0 < value < math.inf
-    else:
-        sound = field == "decimals" and type(value) is int and 0 <= value <= 9
-    if not sound:
-        raise ValueError(f"{field} {value!r} cannot be")
 
 
 def overrides_for(saved: SavedTask | None, name: str, given: dict) -> dict:
@@ -218,37 +182,25 @@ def task_to_rank_by(saved: SavedTask | None, name: str | None, root: str | None,
 
     Raises DataError where there is none or more than one.
     """
-    if name is not None:
-        tasks = _tasks_of(saved, name, root)
-        whose = f"--data {name} asks"
-    elif saved:
+    name = name or (saved.data if saved else None)
+    if saved and saved.data == name:
         tasks = list(saved.tasks.values())
-        whose = f"this policy was trained on {saved.data}, which asks"
-    else:
+    elif name is None:
         tasks = []
+    elif name in READERS and root is None:
+        tasks = [READERS[name][1]]
+        if "{" in tasks[0].question + tasks[0].order:
+            raise DataError(f"the question of --data {name} depends on the images in it: give --data-root too")
+    else:
+        tasks = list({item.task for item in load_splits(name, root, ("train",))[0]})
     if len(tasks) != 1 and given.get("question") and given.get("order"):
         tasks = [Task("question", "", "", delta=1.0)]  # delta matters to rewards alone
     if not tasks:
         raise DataError("this policy has no task.json, so --rank needs either --data or both --question and --order")
     if len(tasks) > 1:
         some = min(task.question for task in tasks)
-        raise DataError(f"{whose} {len(tasks)} questions, such as {some!r}: say which with --question and --order")
+        raise DataError(f"{name} asks {len(tasks)} questions, such as {some!r}: say which with --question and --order")
     return make_task(tasks[0], {field: given.get(field) for field in FIELDS})
-
-
-def _tasks_of(saved: SavedTask | None, name: str, root: str | None) -> list[Task]:
-    """All questions that a data set asks; where training was on it, those of training."""
-    if saved and saved.data == name:
-        return list(saved.tasks.values())
-    if name in READERS and root is None:
-        _, task = READERS[name]
-        if "{" not in task.question + task.order:
-            return [task]
-        raise DataError(
-            f"the question of --data {name} depends on the images in it: give --data-root too, or instead of both "
-            "--question and --order"
-        )
-    return list({item.task for item in load_splits(name, root, ("train",))[0]})
 
 
 def describe(tasks: list[Task], saved: SavedTask | None, name: str | None) -> str:

@@ -33,19 +33,15 @@ def read_lists(folder: Path) -> dict[str, str]:
     """
     names: list[tuple[str, str, Path]] = []
     for split, files in LISTS.items():
-        there = [
-            folder / f for f in files if os.path.lexists(folder / f) and not (f == split and (folder / f).is_dir())
-        ]
-        for file in there[:1]:
+        there = [folder / f for f in files if os.path.lexists(folder / f)]
+        for file in [f for f in there if f.name != split or f.is_file()][:1]:  # a folder may be called train
             names += [(name, split, file) for name in filter(None, map(str.strip, read_text(file).splitlines()))]
     for file in [] if names else sorted(folder.glob("*split*.json")):
         try:
             content = json.loads(read_text(file))
             names += [(str(x), s, file) for s in SPLITS for x in content.get(f"{s}_id", content.get(s, []))]
         except (ValueError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{file} is no list of splits ({error}): it holds {{train: [names], test: [names]}}"
-            ) from None
+            raise DataError(f"{file} is no list of splits, {{train: [names], test: [names]}} ({error})") from None
     listed: dict[str, str] = {}
     for name, split, file in names:
         if listed.setdefault(name, split) != split:
@@ -82,47 +78,37 @@ def read_dataset(
     if columns and name != "parquet":
         raise DataError(f"--columns goes with --data parquet, not with {name}")
     if name in DRAWN:
-        return _drawn_splits(name, overrides), []
+        task = make_task(DRAWN[name][0], overrides)
+        return {s: [dataclasses.replace(item, task=task) for item in load_drawn(name, s)] for s in SPLITS}, []
     root, folder = _find_root(name, root)
-    rows = _read_rows(name, root, folder, columns)
+    reader, task = READERS[name]
+    try:
+        rows = list(read_parquet(root, folder, columns) if columns else reader(root, folder))
+    except OSError as error:  # no permission, a disk that fails
+        raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from None
     listed = read_lists(folder)
-    chosen, left_out = _check_and_split(rows, folder, listed, skip_bad)
     if listed and not any(name in listed for row in rows for name in row.known_as()):
         raise DataError(f"no image of {root} is in its train.txt, val.txt or test.txt: they hold one name or id a line")
+    chosen, left_out = _check_and_split(rows, folder, listed, skip_bad)
     try:
-        return _make_items(chosen, READERS[name][1], overrides), left_out
+        return _make_items(chosen, task, overrides), left_out
     except DataError as error:  # labels that make no task, perhaps because most rows were bad
         more = f" ({len(left_out)} left out, first {left_out[0].where}: {left_out[0].why})" if left_out else ""
         raise DataError(f"{error}{more}") from None
 
 
-def _drawn_splits(name: str, overrides: dict) -> dict[str, list[Item]]:
-    task = make_task(DRAWN[name][0], overrides)
-    return {split: [dataclasses.replace(i, task=task) for i in load_drawn(name, split)] for split in SPLITS}
-
-
 def _find_root(name: str, root: str | Path | None) -> tuple[Path, Path]:
     """The root as an absolute path, and the folder where the images are."""
     if name not in READERS:
-        raise DataError(f"unknown data set {name!r}: choose {', '.join(DATASETS[:-1])} or {DATASETS[-1]}")
+        raise DataError(f"unknown data set {name!r}: choose {', '.join(DATASETS)}")
     if root is None:
         raise DataError(f"--data {name} needs --data-root, the folder it lies in")
     root = Path(os.path.abspath(root))
-    is_folder = os.path.isdir(root)  # unlike Path.is_dir, False for any name that no folder can have
-    if not is_folder and not (name in ("coco", "csv", "jsonl", "parquet") and os.path.isfile(root)):
+    is_file = name in ("coco", "csv", "jsonl", "parquet") and os.path.isfile(root)
+    if not is_file and not os.path.isdir(root):  # unlike Path.is_dir, False for any name that no folder can have
         raise DataError(f"--data-root {root} is not a folder")
-    folder = root if is_folder else root.parent
-    if name == "coco" and folder.name in ANNOTATIONS:
-        folder = folder.parent
-    return root, folder
-
-
-def _read_rows(name: str, root: Path, folder: Path, columns: str | None) -> list[Row]:
-    reader, _ = READERS[name]
-    try:
-        return list(reader(root, folder) if columns is None else read_parquet(root, folder, columns))
-    except OSError as error:  # no permission, a disk that fails
-        raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from None
+    folder = root.parent if is_file else root
+    return root, folder.parent if name == "coco" and folder.name in ANNOTATIONS else folder
 
 
 def _check_and_split(
@@ -155,16 +141,11 @@ def _what_is_wrong(row: Row, folder: Path, names: dict[str, str], some_have_spli
     """
     if row.bad:
         return row.bad
-    if row.label is None or row.label == "" or isinstance(row.label, str) and not row.label.strip():
+    if row.label is None or not str(row.label).strip():
         return "has no label"
-    number = _number(row.label)
-    if not math.isfinite(number):
-        shown = repr(str(row.label)[:50]) if isinstance(row.label, str | int | float) else type(row.label).__name__
-        if RANGE.fullmatch(str(row.label)):
-            return f"the label is a range, where one number is needed, such as its middle: {shown}"
-        return f"the label is not a finite number: {shown}"
-    if abs(number) > MAX_LABEL:
-        return f"the label is larger than {MAX_LABEL:g}, so use another unit: {number:g}"
+    if not abs(_number(row.label)) <= MAX_LABEL:
+        shown = repr(str(row.label)[:50])
+        return f"the label is not a finite number of at most {MAX_LABEL:g} (of a range take the middle): {shown}"
     if row.name in names:
         return f"is listed twice, and first at: {names[row.name]}"
     if some_have_split and row.split not in SPLITS:
@@ -172,28 +153,19 @@ def _what_is_wrong(row: Row, folder: Path, names: dict[str, str], some_have_spli
     # Without following links: what a data set says must not lead out of its folder; what the user linked there may.
     if not Path(os.path.normpath(row.path)).is_relative_to(folder):
         return f"the path leads out of {folder}, move or link the images into it: {row.path}"
-    if row.image or os.path.isfile(row.path):
-        return ""
-    if os.path.lexists(row.path) and not os.path.islink(row.path):
-        return f"the image is no regular file: {row.path}"
-    return f"the image file does not exist: {row.path}"
+    if row.image is None and not os.path.isfile(row.path):
+        return f"the image file does not exist, or is no regular file: {row.path}"
+    return ""
 
 
 # Stricter than float(), which reads "1_5" as 15 and the digits of every script.
 NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
-RANGE = re.compile(r"\s*\(?\s*[0-9.]+\s*(_|-|–|, |\bto\b)\s*[0-9.]+\s*\)?\s*")
 
 
 def _number(label: object) -> float:
     """A label as a number; nan if it is none."""
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        return math.nan
-    if isinstance(label, str) and not NUMBER.fullmatch(label):
-        return math.nan
-    try:
-        return float(label)
-    except OverflowError:
-        return math.nan
+    text = str(label)  # from JSON it may be anything
+    return float(text) if NUMBER.fullmatch(text) else math.nan
 
 
 def _make_items(chosen: list[tuple[Row, str]], base: Task, overrides: dict) -> dict[str, list[Item]]:
@@ -257,9 +229,9 @@ def load_splits(
 
 
 def say(text: str) -> None:
-    """On stderr, of several processes by the first."""
+    """What is no result goes to stderr. Of several processes the first one says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def keep_openable(items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[LeftOut]]:
@@ -274,12 +246,9 @@ def format_outliers(items: dict[str, list[Item]], examples: int = 5) -> str:
     apart = outliers([item for some in items.values() for item in some])
     if not apart:
         return ""
-    some = ", ".join(f"{item.name} {item.label:g}" for item in apart[:examples])
-    more = ", ..." if len(apart) > examples else ""
-    return (
-        f"{len(apart)} label{' lies' if len(apart) == 1 else 's lie'} far from all others: {some}{more}. Take out what stands "
-        "for unknown, or give --delta and --question, which follow from the labels"
-    )
+    some = ", ".join([f"{item.name} {item.label:g}" for item in apart[:examples]] + ["..."] * (len(apart) > examples))
+    lie = "1 label lies" if len(apart) == 1 else f"{len(apart)} labels lie"
+    return f"{lie} far from all others: {some}. Take out what stands for unknown, or give --delta and --question"
 
 
 def format_left_out(left_out: list[LeftOut], examples: int = 3) -> str:
@@ -291,6 +260,6 @@ def format_left_out(left_out: list[LeftOut], examples: int = 3) -> str:
         reason += " [needs --skip-bad]" if bad else ""
         places[reason].append(f"{where}: {particulars}" if particulars else where)
     for reason, found in places.items():
-        more = [f"      and {len(found) - examples} more"] if len(found) > examples > 0 else []
-        lines += [f"  {len(found)} x {reason}", *(f"      {place}" for place in found[:examples]), *more]
+        lines += [f"  {len(found)} x {reason}", *(f"      {place}" for place in found[:examples])]
+        lines += [f"      and {len(found) - examples} more"] if len(found) > examples > 0 else []
     return "\n".join(lines)

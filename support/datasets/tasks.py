@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections import defaultdict
 
 from data import DataError, Item, Task, format_value
@@ -17,7 +16,7 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
     {group}, {low} and {high} in a question or order stand for the group's name and its lowest and highest label.
     Where the base leaves them open, delta and decimals are found from the labels of all splits (`fit_to_labels`).
     """
-    task = dataclasses.replace(base, **_checked(overrides))
+    task = dataclasses.replace(base, **check({field: x for field, x in overrides.items() if x is not None}))
     words = {"{group}": group}
     if labels:
         task = fit_to_labels(task, labels, group)
@@ -29,26 +28,21 @@ def make_task(base: Task, overrides: dict, group: str = "", labels: list[float] 
             text = text.replace(word, value)
         return text
 
-    task = dataclasses.replace(task, name=fill(name), question=fill(task.question), order=fill(task.order))
-    for text in (task.name, task.question, task.order):
-        if mark := re.search(r"<\|[^|<>]*\|>", text):
-            raise DataError(
-                f"{text!r} must not contain {mark[0]}: a tokenizer takes it for a mark of the chat or an image"
-            )
-    return task
+    return dataclasses.replace(task, name=fill(name), question=fill(task.question), order=fill(task.order))
 
 
-def _checked(overrides: dict) -> dict:
-    """The settings of a task that were given. DataError for those that make no sense."""
-    given = {field: value for field, value in overrides.items() if value is not None}
+def check(given: dict) -> dict:
+    """The same fields of a task. DataError for those that make no sense."""
     if unknown := set(given) - {"question", "order", "delta", "decimals"}:
         raise DataError(f"a task has no setting {sorted(unknown)}: question, order, delta, decimals")
     if not MIN_DELTA <= given.get("delta", 1) <= MAX_LABEL:
         raise DataError(f"--delta {given['delta']} must be positive and finite, from {MIN_DELTA:g} to {MAX_LABEL:g}")
     if given.get("decimals", 0) not in range(10):
         raise DataError(f"--decimals {given['decimals']} must be a whole number from 0 to 9")
-    if not all(str(given.get(field, "?")).strip() for field in ("question", "order")):
-        raise DataError("--question and --order must not be empty")
+    for text in (given.get("question", "?"), given.get("order", "?")):
+        # Bytes of the command line that are no UTF-8 are kept as lone surrogates.
+        if not isinstance(text, str) or not text.strip() or text.encode("utf-8", "ignore").decode() != text:
+            raise DataError(f"--question and --order must be text and not empty, not {text!r}")
     return given
 
 
@@ -66,9 +60,9 @@ def fit_to_labels(task: Task, labels: list[float], group: str = "") -> Task:
     if delta == 0:
         delta = float(f"{(high - low) / 4:.3g}")
         if delta < MIN_DELTA:
-            of = f"of {group} " if group else ""
-            alike = f"are {low:g}" if low == high else f"are nearly alike, {low:g} to {high:g}"
-            raise DataError(f"all labels {of}{alike}, so delta is unknown: set --delta")
+            raise DataError(
+                f"the labels {f'of {group} ' if group else ''}are all about {low:g}, so delta is unknown: set --delta"
+            )
     return dataclasses.replace(task, decimals=decimals, delta=delta)
 
 

@@ -1,10 +1,8 @@
 """Who takes part: the processes that torchrun started, and the device of this one."""
 
 import os
-import textwrap
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any
 
 import torch
@@ -39,17 +37,12 @@ class World:
 
 def rank_and_size() -> tuple[int, int]:
     """Of this process among those of its launcher; (0, 1) without one. Raises SettingError for what no launcher sets."""
-    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    rank, size = found["RANK"] or "", found["WORLD_SIZE"] or ""
-    if found["RANK"] is found["WORLD_SIZE"] is None:
-        return 0, 1
-    numbers = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
-    if numbers and (size == "1" or (found["MASTER_ADDR"] and found["MASTER_PORT"])):
+    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank.isdecimal() and size.isdecimal() and int(rank) < int(size) and (size == "1" or "MASTER_ADDR" in os.environ):
         return int(rank), int(size)
-    left_over = " ".join(f"{name}={value}" for name, value in found.items() if value is not None)
     raise SettingError(
-        f"the environment has {left_over}, which torchrun does not set like that: unset RANK WORLD_SIZE for one process, or "
-        "start several with torchrun"
+        f"the environment has RANK={rank} WORLD_SIZE={size}, which torchrun does not set like that: unset both for one process, "
+        "or start several with torchrun"
     )
 
 
@@ -69,19 +62,10 @@ def start_world(device: str) -> World:
         raise SettingError(f"--device {device}: choose auto, cpu or cuda")
     if size > 1 and not dist.is_initialized():
         # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
-        # In a thread, because waiting for the others goes on in C++, where the main thread would hear no signal.
-        waiting: Future = Future()
-        Thread(target=join, args=("cpu:gloo,cuda:nccl" if name != "cpu" else "gloo", waiting), daemon=True).start()
-        waiting.result()
+        backend = "cpu:gloo,cuda:nccl" if name != "cpu" else "gloo"
+        try:  # in a thread: waiting for the others goes on in C++, where the main thread would hear no signal
+            ThreadPoolExecutor(1).submit(dist.init_process_group, backend).result()
+        except dist.DistError as error:
+            reason = str(error).split("\n")[0]
+            raise SettingError(f"the other processes did not come ({reason}): start all of them") from None
     return World(rank, size, torch.device(name))
-
-
-def join(backend: str, done: Future) -> None:
-    try:
-        done.set_result(dist.init_process_group(backend))
-    except dist.DistError as error:
-        done.set_exception(
-            SettingError(f"the other processes did not come ({textwrap.shorten(str(error), 200)}): start all of them")
-        )
-    except BaseException as error:
-        done.set_exception(error)

@@ -12,7 +12,6 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import rmo
 from support.learner.learner import Learner
 from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
-from support.run.settings import SettingError, comparable
+from support.run.settings import SettingError
 
 
 def write_checksums(folder: Path) -> None:
@@ -152,7 +151,7 @@ class Checkpoints:
         self, stage: int, step: int, learner: Learner, optimizer: torch.optim.Optimizer, history: rmo.History,
         best: Best | None = None,
     ) -> None:  # fmt: skip
-        """Save weights, optimiser, settings, RMO's history and the best policy; drop all but the newest KEEP.
+        """Save weights, optimiser, RMO's history and the best policy; drop all but the newest KEEP.
 
         Raises SettingError on a full disk.
         """
@@ -168,9 +167,8 @@ class Checkpoints:
             writer = HuggingFaceStorageWriter(str(beside), file_of(state), save_distributed=True)
             dcp.save(state, storage_writer=writer, no_dist=self.world.size == 1)
             if self.world.main:
-                extra = {"step": step, "history": history, "settings": comparable(learner.settings)}
-                extra["best"] = {"top": best.top, "step": best.step} if best.weights else None
-                (beside / "extra.json").write_text(json.dumps(extra))
+                kept = {"top": best.top, "step": best.step} if best.weights else None
+                (beside / "extra.json").write_text(json.dumps({"step": step, "history": history, "best": kept}))
                 for file in (self.folder.parent / written for written in WRITTEN):
                     if file.exists():
                         shutil.copy(file, beside / file.name)
@@ -181,28 +179,20 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:  # a full disk, a read-only folder
             free = shutil.disk_usage(self.folder.parent).free  # torch does not say that the disk is full
             shutil.rmtree(beside, ignore_errors=True)
-            good = next((f"the last good one is {self.folder / n}" for n in self.names()), "there is none before it")
             failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
             reason = "; ".join(str(cause) for cause, _ in failures)
             raise SettingError(
-                f"the checkpoint {self.folder / name} could not be written ({reason}; {free / 1e6:,.0f} MB were "
-                f"left on that disk); {good}"
+                f"the checkpoint {self.folder / name} could not be written ({reason}; {free / 1e6:,.0f} MB were left on that "
+                f"disk); the last good one is {next(iter(self.names()), 'none')}"
             ) from None
         self.world.barrier()
 
     def newest(self) -> str | None:
         """Name of the newest sound checkpoint; says which ones it passes over. The same on all ranks."""
-        sound = None
-        for name in self.names() if self.world.main else ():
-            if wrong := damage(self.folder / name):
-                print(f"checkpoint {self.folder / name} is damaged: {wrong}", file=sys.stderr)
-            else:
-                sound = name
-                break
-        return self.world.gather(sound)[0]
-
-    def extra(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder / name / "extra.json").read_text())
+        names = self.names() if self.world.main else []
+        while names and (wrong := damage(self.folder / names[0])):
+            print(f"checkpoint {self.folder / names.pop(0)} is damaged: {wrong}", file=sys.stderr)
+        return self.world.gather(names[0] if names else None)[0]
 
     def put_back(self, name: str) -> None:
         """Make what the run has written what it was when this checkpoint was saved."""
@@ -220,7 +210,7 @@ class Checkpoints:
         """Load a checkpoint, if there is one to load. -> the step to go on with, RMO's history, the best policy"""
         if name is None:
             return 0, {}, Best()
-        extra = self.extra(name)
+        extra = json.loads((self.folder / name / "extra.json").read_text())
         best = Best(**extra["best"], weights=trained_weights(learner.policy)) if extra["best"] else Best()
         self.load(name, learner, optimizer, best)
         return extra["step"], rmo.merge(extra["history"]), best

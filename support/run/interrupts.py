@@ -51,14 +51,14 @@ class Stop:
 
 def lost_process(error: RuntimeError) -> str | None:
     """What to say of an error that means: a process or the memory is gone. None: the error means something else."""
-    text = str(error)
+    text, reason = str(error).lower(), str(error).split("\n")[0]
     if "out of memory" in text or "can't allocate memory" in text:
         return (
-            f"out of memory ({text.splitlines()[0][:120]}): --resume with a smaller --max-tokens-per-forward or "
-            "--rollout-batch, or with --activation-checkpointing"
+            f"out of memory ({reason}): --resume with a smaller --max-tokens-per-forward or --rollout-batch, or with "
+            "--activation-checkpointing"
         )
-    if any(word in text.lower() for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer")):
-        return f"another process of this run was lost ({text.splitlines()[0][:120]}): --resume goes on from the newest checkpoint"
+    if any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer")):
+        return f"another process of this run was lost ({reason}): --resume goes on from the newest checkpoint"
     return None
 
 

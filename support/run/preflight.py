@@ -3,7 +3,6 @@
 import math
 import sys
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import data
 import rarl
 from support.datasets.balance import task_weights
-from support.datasets.image_files import unreadable
+from support.datasets.image_files import refuse_unreadable
 from support.datasets.saved_task import GIVEN, as_begun, load_task, overrides_for
 from support.datasets.splits import load_splits
 from support.learner.stage import RewardWeights, Stage, seed_of
@@ -48,8 +47,8 @@ def load_items(s: Settings, world: World, run: Path) -> list[list[data.Item]]:
         for n in {1, *s.images}:
             data.make_pools(items, n)
     files = [item for items in splits for item in items if item.path is not None]
-    if len(files) <= 5000 and (broken := unreadable(files)):
-        raise data.DataError(f"{next(iter(broken.values()))}; {len(broken)} such in all, --skip-bad leaves them out")
+    if len(files) <= 5000:
+        refuse_unreadable(files)
     return splits
 
 
@@ -77,21 +76,15 @@ def make_stage(
 def hardest_samples(items: list[data.Item], images: tuple[int, ...]) -> list[data.Sample]:
     """Samples whose reference answers stand for all that a stage may draw from the items, however many they are.
 
-    Of each task: every value alone, with the lowest and the highest label that is written so (up to 1,000 values, both ends
-    among them), and for each number of images the longest answer.
+    Of each task: its labels alone (up to 1,000, both ends among them), and for each number of images the longest answer.
     """
     samples = []
     for task, pool in data.make_pools(items, 1).items():
-        text = lambda item, decimals=task.decimals: data.format_value(item.label, decimals)
         labels = sorted({item.label: item for item in pool}.values(), key=lambda item: item.label)
-        values = [list(alike) for _, alike in groupby(labels, key=text)]
-        for alike in [*values[:: math.ceil(len(values) / 1000)], values[-1]]:
-            samples += [
-                data.Sample((item,)) for item in {alike[0].label: alike[0], alike[-1].label: alike[-1]}.values()
-            ]
-        # Different labels first, as they are drawn.
-        longest = [item for some in (labels, pool) for item in sorted(some, key=lambda item: -len(text(item)))]
-        longest = list({item.name: item for item in longest}.values())
+        samples += [data.Sample((item,)) for item in [*labels[:: math.ceil(len(labels) / 1000)], labels[-1]]]
+        length = lambda item, decimals=task.decimals: len(data.format_value(item.label, decimals))
+        different_first = {item.name: item for item in [*labels, *pool]}.values()  # as they are drawn
+        longest = sorted(different_first, key=length, reverse=True)
         samples += [data.Sample(tuple(longest[:n])) for n in images if 1 < n <= len(pool)]
     return samples
 
@@ -103,6 +96,8 @@ def preflight(policy: rarl.Policy, samples: list[data.Sample], stage: Stage) -> 
     every gradient, and nothing would look wrong. Each prompt's reference makes the whole round: text -> tokens ->
     text -> reward. Up to 1 % may be missing, as a label may have more decimals than the answer.
     """
+    for sample in samples:
+        data.chat_text(policy.tokenizer, sample)  # refuses what the tokenizer would take for a mark of its own
     references = [data.reference_answer(sample) for sample in samples]
     unique = sorted(set(references))
     tokens = dict(zip(unique, rarl.encode(policy, unique), strict=True))

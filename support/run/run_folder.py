@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
@@ -33,8 +32,8 @@ from support.learner.learner import Learner
 from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
 from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
-from support.run.settings import SettingError, Settings, comparable
-from support.show.results import Results, finite, results_table
+from support.run.settings import SettingError, Settings
+from support.show.results import Results, finite
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class RunFolder:
                 lock = self._lock()
             except SettingError as error:
                 refusal = str(error)
-        refusal = self.world.gather(refusal)[0]
-        if refusal:
+        if refusal := self.world.gather(refusal)[0]:
             raise SettingError(refusal)
         try:
             yield
@@ -83,48 +81,36 @@ class RunFolder:
 
     def _lock(self) -> BaseFileLock:
         beside = lambda kind: self.path.with_name(f".{self.path.name}.{kind}")  # the folder itself may be moved aside
-        owner = beside("owner")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        owner, why = beside("owner"), ""
+        for lock in (FileLock(beside("lock"), timeout=0), SoftFileLock(beside("softlock"), timeout=0)):
             try:
-                lock: BaseFileLock = FileLock(beside("lock"), timeout=0)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+                return lock
+            except Timeout:
+                who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "which has not said who it is"
+                raise SettingError(
+                    f"{self.path} belongs to a run that is still going ({who}; its lock is {lock.lock_file}): wait for it, "
+                    "stop it, or give this one another --name"
+                ) from None
             except OSError as error:
-                if isinstance(error, Timeout):
-                    raise
-                lock = SoftFileLock(beside("softlock"), timeout=0)
-                lock.acquire()
-            write_text(
-                owner, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-            )
-        except Timeout as held:
-            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "which has not said who it is"
-            raise SettingError(
-                f"{self.path} belongs to a run that is still going ({who}; its lock is {held.lock_file}): wait for it, stop it, "
-                "or give this one another --name"
-            ) from None
-        except OSError as error:
-            raise SettingError(
-                f"{self.path} cannot be locked, so another run could write there ({error}): start where {self.path.parent} can "
-                "be written, or link it to a folder on another disk"
-            ) from None
-        return lock
+                why = str(error)
+        raise SettingError(
+            f"{self.path} cannot be locked, so another run could write there ({why}): start where {self.path.parent} can be "
+            "written, or link it to a folder on another disk"
+        )
 
     def complete(self, s: Settings, checkpoints: Checkpoints) -> Results | None:
         """The results of a run that is complete, else None. The same on all ranks. Raises SettingError if they are damaged.
 
         It is complete from the moment that results.txt is there. If somebody deletes that, results.json still tells.
         """
-        results, file = None, self.path / "results.txt"
-        if self.world.main and (file.exists() or not checkpoints.names()):
+        results = None
+        if self.world.main and ((self.path / "results.txt").exists() or not checkpoints.names()):
             known = self.read_results()
-            if last_row(s) in known:
-                results = known
-                if file.exists() and file.read_text(encoding="utf-8", errors="replace") != results_table(known) + "\n":
-                    raise SettingError(
-                        f"{file} does not show what results.json holds, so one of them was changed: restore it, or "
-                        "delete results.txt and --resume, which writes it again"
-                    )
+            results = known if last_row(s) in known else None
         return self.world.gather(results)[0]
 
     def read_results(self) -> Results:
@@ -134,11 +120,11 @@ class RunFolder:
             return {}
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-            return {name: {int(n): _metrics(row) for n, row in rows.items()} for name, rows in known.items()}
+            number = lambda x: math.nan if x is None else x
+            row = lambda row: {metric: number(x) for metric, x in row.items()}
+            return {name: {int(n): row(x) for n, x in rows.items()} for name, rows in known.items()}
         except (OSError, ValueError, AttributeError) as error:
-            raise SettingError(
-                f"{file} is damaged ({error}): restore it, or delete it and --resume; its rows may then be missing"
-            ) from None
+            raise SettingError(f"{file} is damaged ({error}): restore it, or delete it, and --resume") from None
 
     def write_results(self, results: Results) -> None:
         write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
@@ -173,13 +159,11 @@ class RunFolder:
         checkpoint = checkpoints.newest() if s.resume else None
         if s.resume and checkpoint is None and checkpoints.names():
             raise SettingError(f"--resume: {checkpoints.folder} holds no sound checkpoint; start without --resume")
-        if checkpoint:
-            self._check_settings_of(checkpoint, s, checkpoints)
         stage = int(checkpoint[0]) if checkpoint else s.stage or 1
         if s.resume and not checkpoint and stage == 1 and (self.path / "stage1").exists():
             raise SettingError(
                 f"--resume: stage 1 of {self.path} is finished, but there is no checkpoint to go on from: restore "
-                f"{checkpoints.folder}, go on with --stage 2 in the place of --resume, or start without --resume"
+                f"{checkpoints.folder}, or go on with --stage 2 in the place of --resume"
             )
         if stage == 1 or (s.stage != 2 and s.steps1 == 0):
             return Start(stage, checkpoint, model, "base")
@@ -191,20 +175,6 @@ class RunFolder:
         if not (first / "checksums.json").is_file():
             print(f"{first} has no checksums.json, so nobody can tell whether its files are whole", file=sys.stderr)
         return Start(stage, checkpoint, first, "stage 1")
-
-    def _check_settings_of(self, checkpoint: str, s: Settings, checkpoints: Checkpoints) -> None:
-        """A settings.json that was edited by hand would go on as another run, silently."""
-        then = checkpoints.extra(checkpoint).get("settings", {})
-        now = json.loads(json.dumps(comparable(s)))
-        changed = [name for name in now if name in then and then[name] != now[name]]
-        if "lr" in changed and (self.path / "bad_steps").is_dir() and now["lr"] < then["lr"]:
-            changed.remove("lr")
-        if changed:
-            name = changed[0]
-            raise SettingError(
-                f"{self.path / 'settings.json'} was changed after the start: {name} was {then[name]} and is {now[name]}; "
-                "change it back, or start without --resume"
-            )
 
     def open(self, s: Settings, start: Start, checkpoints: Checkpoints) -> Results:
         """Make runs/NAME ready, on the main rank. -> results so far.
@@ -219,9 +189,8 @@ class RunFolder:
             checkpoints.remove()
         elif not s.resume:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(
-                file.suffix != ".writing" for file in self.path.iterdir()
-            ):  # else empty, or of a start that died at once
+            # else empty, or of a start that died at once
+            if any(file.suffix != ".writing" for file in self.path.iterdir()):
                 print(f"the earlier {self.path} is now {move_aside(self.path)}", file=sys.stderr)
                 self.path.mkdir()
         saved = dataclasses.asdict(s) | {"resume": False}
@@ -241,28 +210,13 @@ class RunFolder:
     def _take_back_from(self, stage: int) -> None:
         """Keep the lines of earlier stages."""
         for file in (self.path / name for name in WRITTEN if name.endswith(".jsonl")):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-            kept = []
-            for number, line in enumerate(lines, start=1):
+            if file.exists():
+                *whole, _ = file.read_text(encoding="utf-8").split("\n")  # a killed process may have left half a line
                 try:
-                    entry = json.loads(line)
-                    before = entry["stage"] < stage
-                except (ValueError, KeyError, TypeError):
-                    if number == len(lines):  # a killed process may have left half a line
-                        break
-                    raise SettingError(f"{file} line {number} is damaged: delete that line, then --resume") from None
-                if before and line.endswith("\n"):
-                    kept.append(line)
-            if lines:
+                    kept = [line + "\n" for line in whole if json.loads(line)["stage"] < stage]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise SettingError(f"{file} is damaged ({error}): delete the line, then --resume") from None
                 write_text(file, "".join(kept))
-
-
-def _metrics(row: dict) -> dict[str, Any]:
-    """One row of results.json with nan for null. Raises ValueError or AttributeError if it is none."""
-    numbers = [x for name, x in row.items() if name not in ("interval", "remarks")]
-    if not {"n", "valid"} <= row.keys() or not all(x is None or isinstance(x, int | float) for x in numbers):
-        raise ValueError("a row of it is not what was written")
-    return {name: math.nan if x is None else x for name, x in row.items()}
 
 
 def last_row(s: Settings) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,107 +31,67 @@ class Settings:
     A `title` begins a group of `--help`; what is asked for most comes first.
     """
 
-    model: str = setting(
-        "tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one", title="the run"
-    )
+    # fmt: off
+    model: str = setting("tiny", "policy to start from: a Hugging Face folder or hub id; tiny is the embedded one", title="the run")
     data: str = setting("dots", "data set, see data.py")
     data_root: str | None = setting(None, "folder of the data set")
     name: str = setting("rarl", "results go to runs/NAME; an earlier run of that name is moved aside")
     resume: bool = setting(False, "go on from the newest sound checkpoint of runs/NAME")
-    stage: int | None = setting(
-        None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2)
-    )
+    stage: int | None = setting(None, "run only this stage; 2 starts from runs/NAME/stage1 (default: both)", choices=(1, 2))
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
     steps1: int = setting(40, "rollouts of stage 1 (regression, one image); 0 skips the stage")
     steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
     batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
-    images: tuple[int, ...] = setting(
-        (1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]"
-    )
+    images: tuple[int, ...] = setting((1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]")
 
-    question: str | None = setting(
-        None, "what is asked about the images (default: the task's, see data.py)", title="the task and its images"
-    )
+    question: str | None = setting(None, "what is asked about the images (default: the task's, see data.py)", title="the task and its images")
     order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
     skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
     balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 9)")
-    max_pixels: int | None = setting(
-        None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)"
-    )
+    max_pixels: int | None = setting(None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)")
 
-    delta: float | None = setting(
-        None, "tolerance of R_reg in label units (default: the task's, see data.py)", title="reward"
-    )
+    delta: float | None = setting(None, "tolerance of R_reg in label units (default: the task's, see data.py)", title="reward")
     w_reg: float = setting(1.0, "weight of R_reg")
     w_rank: float = setting(1.0, "weight of R_rank (stage 2; stage 1 has no order to judge)")
     w_format: float = setting(1.0, "weight of R_format")
 
     rmo_k: int = setting(1, "answers of a group that RMO replaces; 0 switches it off", title="RMO")
     rmo_probability: float = setting(0.5, "that a homogeneous and poor group is mutated")
-    rmo_source: str = setting(
-        "truth", "the ground truth, or an answer made of the best earlier values for those images",
-        choices=("truth", "history"),
-    )  # fmt: skip
-    rmo_spread: float = setting(
-        rmo.SPREAD, "homogeneous: the rewards' std is at most this share of the best possible reward"
-    )
+    rmo_source: str = setting("truth", "the ground truth, or an answer made of the best earlier values for those images", choices=("truth", "history"))
+    rmo_spread: float = setting(rmo.SPREAD, "homogeneous: the rewards' std is at most this share of the best possible reward")
     rmo_poor: float = setting(rmo.POOR, "poor: the best reward is at most this share of the best possible reward")
 
     lr: float = setting(3e-4, "peak learning rate of AdamW [paper: 1e-6, for Qwen2.5-VL]", title="GRPO")
     warmup: int = setting(10, "steps of linear warm-up; afterwards a linear decay to a tenth of the peak")
-    beta: float = setting(
-        grpo.BETA, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too"
-    )
+    beta: float = setting(grpo.BETA, "weight of the KL to the policy that the stage began with; 0 drops its forward pass too")
     temperature: float = setting(1.0, "temperature of sampling; the update scores the same distribution")
     max_new_tokens: int = setting(0, "longest answer in tokens; 0: the longest reference answer and some slack")
     updates: int = setting(1, "optimiser steps per rollout; from the second on the ratio is off-policy")
-    clip: float = setting(
-        0.2, "epsilon: the ratio is clipped to 1 - clip and 1 + clip (matters with several --updates)"
-    )
-    normalize: str = setting(
-        "sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token")
-    )
+    clip: float = setting(0.2, "epsilon: the ratio is clipped to 1 - clip and 1 + clip (matters with several --updates)")
+    normalize: str = setting("sequence", "loss: mean over answers of token means, or mean over all tokens", choices=("sequence", "token"))
 
-    lora_rank: int = setting(
-        0, "train adapters of this rank, not the weights: for one GPU; 0 trains all weights", title="LoRA"
-    )
+    lora_rank: int = setting(0, "train adapters of this rank, not the weights: for one GPU; 0 trains all weights", title="LoRA")
     lora_alpha: float = setting(32.0, "an adapter's product is scaled by alpha / rank")
-    lora_targets: str = setting(
-        "language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision")
-    )
+    lora_targets: str = setting("language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision"))
 
     device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda", title="machine and memory")
-    rollout_batch: int = setting(
-        64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation"
-    )
-    max_tokens_per_forward: int = setting(
-        32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory"
-    )
-    activation_checkpointing: bool = setting(
-        False, "keep only each layer's input, run it again in the backward: less memory, a third slower"
-    )
+    rollout_batch: int = setting(64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation")
+    max_tokens_per_forward: int = setting(32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory")
+    activation_checkpointing: bool = setting(False, "keep only each layer's input, run it again in the backward: less memory, a third slower")
     freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
     offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
     workers: int = setting(1, "threads that read and resize the images of the next two steps; 0: none")
 
-    checkpoint_every: int = setting(
-        50, "steps between checkpoints", title="checkpoints, validation, evaluation, pictures"
-    )
-    validate_every: int = setting(
-        25,
-        "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one",
-    )
+    checkpoint_every: int = setting(50, "steps between checkpoints", title="checkpoints, validation, evaluation, pictures")
+    validate_every: int = setting(25, "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one")
     val_samples: int = setting(20, "validation prompts for each number of images of the stage")
     eval_samples: int = setting(200, "test prompts for each number of images")
-    watch_every: int = setting(
-        24, "steps between pictures: a group of answers for each number of images, the curves so far; 0: none"
-    )
-    track: str | None = setting(
-        None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb")
-    )
+    watch_every: int = setting(24, "steps between pictures: a group of answers for each number of images, the curves so far; 0: none")
+    track: str | None = setting(None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb"))
+    # fmt: on
 
 
 # For a real backbone. The paper states AdamW, lr 1e-6, batch size 64, two stages, up to 8 images; ours is all the rest, such as
@@ -157,9 +118,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def kind_of(f: dataclasses.Field) -> Any:
-    """The type of a setting that is given: an "int | None" is an int."""
-    return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
+def number(kind: Callable[[str], Any], low: float = -math.inf) -> Callable[[str], Any]:
+    """For a parser: an int or a float, not below `low`. Python itself reads 1_0 as 10."""
+
+    def read(text: str) -> Any:
+        if "_" in text:
+            raise ValueError
+        if kind(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return kind(text)
+
+    read.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid whole number value: 'x'"
+    return read
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -169,21 +139,20 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # --image for --images would be a guess
     )
-    group: Any = parser
+    preset = "defaults for a real backbone on this kind of data"
     for f in dataclasses.fields(Settings):
         if title := f.metadata.get("title"):
-            first, group = group is parser, parser.add_argument_group(title)
-            if first:
-                group.add_argument(
-                    "--preset", choices=PRESETS, help="defaults for a real backbone on this kind of data"
-                )
+            group = parser.add_argument_group(title)
+        if f.name == "model":
+            group.add_argument("--preset", choices=PRESETS, help=preset)
+        kind: Any = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # "int | None" is an int
         how: dict[str, Any]
-        if kind_of(f) is bool:
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif kind_of(f) == tuple[int, ...]:
-            how = {"type": int, "nargs": "+"}
+        elif kind == tuple[int, ...]:
+            how = {"type": number(int), "nargs": "+"}
         else:
-            how = {"type": kind_of(f), "choices": f.metadata.get("choices")}
+            how = {"type": kind if kind is str else number(kind), "choices": f.metadata.get("choices")}
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
         group.add_argument(flag(f.name), help=text.replace("%", "%%"), **how)
@@ -205,10 +174,7 @@ def parse_settings(argv: list[str] | None = None, needed: tuple[str, ...] = ("mo
         if (run / "settings.json").is_file():
             values = resumed_settings(run, {"data": preset} | typed if preset else typed)
         elif run.is_dir() and any(file.suffix != ".writing" for file in run.iterdir()):
-            raise SettingError(
-                f"--resume: {run} has no settings.json, which says how it was started: put it back, or start without "
-                "--resume (the folder is then moved aside)"
-            )
+            raise SettingError(f"--resume: {run} has no settings.json: put it back, or start without --resume")
         else:
             print(f"--resume: nothing is saved in {run} yet, so the run starts", file=sys.stderr)
             values["resume"] = False
@@ -222,29 +188,16 @@ def parse_settings(argv: list[str] | None = None, needed: tuple[str, ...] = ("mo
 
 def read_settings(file: Path) -> dict[str, Any]:
     """What a run was started with. Raises SettingError, which names the file, if it is damaged."""
-    advice = "restore the file, or start the run without --resume"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{file} cannot be read ({error}): {advice}") from None
-    fields = {f.name: f for f in dataclasses.fields(Settings)}
-    if not isinstance(saved, dict):
-        raise SettingError(f"{file} does not hold the settings of a run ({type(saved).__name__}): {advice}")
-    if odd := ", ".join(sorted(saved.keys() ^ fields.keys()))[:200]:
+        saved["images"] = tuple(saved["images"])
+        if odd := ", ".join(sorted(saved.keys() ^ dataclasses.asdict(Settings()).keys())):
+            raise ValueError(f"it differs in {odd}")
+        check_settings(Settings(**saved))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
-            f"{file} is damaged or of another version of this program (they differ in {odd}): go on with that version, or {advice}"
-        )
-    for name, value in saved.items():
-        kind = kind_of(fields[name])
-        if kind == tuple[int, ...]:
-            sound = isinstance(value, list) and all(type(x) is int for x in value)
-            saved[name] = tuple(value) if sound else value
-        elif value is None:
-            sound = isinstance(fields[name].type, types.UnionType)
-        else:
-            sound = type(value) is kind or (kind is float and type(value) is int)
-        if not sound:
-            raise SettingError(f"{file}: {name} is {json.dumps(value)[:80]}, which it cannot be: {advice}")
+            f"{file} is damaged or of another version of this program ({error}): restore it, or start without --resume"
+        ) from None
     return saved
 
 
@@ -260,21 +213,13 @@ def resumed_settings(run: Path, typed: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(typed.keys() - free):
         if saved[name] != typed[name]:
             old, new = (" ".join(map(str, x)) if isinstance(x, tuple) else x for x in (saved[name], typed[name]))
-            raise SettingError(
-                f"--resume: the run in {run} has {flag(name)} {old}, not {new}; "
-                "leave it out, or start a run of another --name"
-            )
+            raise SettingError(f"--resume: the run in {run} has {flag(name)} {old}, not {new}: leave it out")
     return saved | {name: typed[name] for name in typed.keys() & free} | {"name": run.name, "resume": True}
 
 
 def comparable(s: Settings) -> dict:
     """The settings that make a run what it is, without those of the machine."""
     return {name: value for name, value in dataclasses.asdict(s).items() if name not in MACHINE}
-
-
-def is_utf8(text: str) -> bool:
-    """False for bytes of the command line that are no UTF-8: Python keeps them as lone surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_name(name: str) -> None:
@@ -287,12 +232,10 @@ def check_settings(s: Settings) -> None:
     at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "val_samples", "eval_samples")  # fmt: skip
     not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "beta", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
     positive = ("lr", "temperature", "lora_alpha")
-    text = ("question", "order")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),
         *((name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative") for name in not_negative),
         *((name, 0 < getattr(s, name) < math.inf, "must be positive and finite") for name in positive),
-        *((name, is_utf8(getattr(s, name) or ""), "is no UTF-8 text") for name in text),
         ("group_size", s.group_size >= 2, "must be at least 2: a group of one has no spread, so no advantage"),
         ("steps1", s.steps1 >= (s.stage == 1), "must not be negative, and not 0 with --stage 1"),
         ("steps2", s.steps2 >= (s.stage == 2), "must not be negative, and not 0 with --stage 2"),

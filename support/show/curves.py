@@ -48,27 +48,20 @@ class CurvesError(ValueError):
 def read_run(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, one dict a step, with those of timing.jsonl ("timing") and validation.jsonl
     ("validation": number of images -> metrics) where there are any. Raises CurvesError."""
+    lines = lambda file: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     try:
-        steps = _lines(folder / "metrics.jsonl")
-        extra: dict[tuple, dict] = {}
-        for name in ("timing", "validation"):
-            for line in _lines(folder / f"{name}.jsonl") if (folder / f"{name}.jsonl").exists() else ():
-                of_step = line["images"] if name == "validation" else line
-                extra.setdefault((line["stage"], line["step"]), {})[name] = dict(of_step)
-        steps = [step | extra.get((step["stage"], step["step"]), {}) for step in steps]
-        for step in steps:
-            shown = [step.get(name) for kind, name, _, _ in PANELS if kind in ("sampled", "step")]
-            if type(step["images"]) is not int or not all(x is None or isinstance(x, int | float) for x in shown):
-                raise ValueError(f"stage {step['stage']}, step {step['step']} is damaged")
+        steps = {
+            (step["stage"], step["step"]): step | {"images": int(step["images"])}
+            for step in lines(folder / "metrics.jsonl")
+        }
+        for name, part in (("timing", None), ("validation", "images")):
+            for line in lines(folder / f"{name}.jsonl") if (folder / f"{name}.jsonl").exists() else ():
+                steps[line["stage"], line["step"]][name] = line[part] if part else line
         if not steps:
             raise ValueError("there is no step in it")
-        return steps
+        return list(steps.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CurvesError(f"{folder} holds no metrics that can be read ({error})") from None
-
-
-def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def smoothed(points: Sequence[tuple[int, float | None]]) -> Curve:
@@ -113,17 +106,22 @@ def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(3, 5, figsize=(17, 8.6), sharex=True)
     figure.subplots_adjust(left=0.03, right=0.985, top=0.92, bottom=0.06, wspace=0.2, hspace=0.2)
     colours = {n: f"C{i}" for i, n in enumerate(sorted({s["images"] for steps in runs.values() for s in steps}))}
-    styled: list[tuple[Any, tuple[str, list[dict]]]] = list(zip(("-", "--", ":", "-.") * len(runs), runs.items(), strict=False))  # fmt: skip
+    styles: dict[str, Any] = dict(zip(runs, ("-", "--", ":", "-.") * len(runs), strict=False))
     for axis, (kind, name, title, limits) in zip(axes.flat, PANELS, strict=True):
-        for style, (_, steps) in styled:
+        for run, steps in runs.items():
             for x in (x for x in range(1, len(steps)) if steps[x]["stage"] != steps[x - 1]["stage"]):
                 axis.axvline(x, color="0.8", linewidth=0.8, zorder=0)
-            if kind == "timing" and len(runs) == 1:
-                _draw_phases(axis, steps)
+            if kind == "timing" and len(runs) == 1:  # what each phase of a step took, one on the other
+                phases = [curve(steps, "timing", phase) for phase in PHASES]
+                colors = [f"C{i + 4}" for i in range(len(PHASES))]
+                axis.stackplot(phases[0][0], *(seconds for _, seconds in phases), labels=PHASES, colors=colors)
+                axis.legend(fontsize=8, reverse=True, loc="upper left", frameon=False)
                 continue
             for n, colour in colours.items() if kind in ("sampled", "validation") else [(None, "0.25")]:
                 marker = "o" if kind == "validation" else ""
-                axis.plot(*curve(steps, kind, name, n), color=colour, linestyle=style, marker=marker, markersize=3.5)
+                axis.plot(
+                    *curve(steps, kind, name, n), color=colour, linestyle=styles[run], marker=marker, markersize=3.5
+                )
         axis.set_title(title, fontsize=10)
         axis.set_ylim(*limits)
         axis.set_xlim(0, max(1, *map(len, runs.values())))
@@ -131,18 +129,11 @@ def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     entries = [plt.Line2D([], [], color=c, label=f"{n} image{'s' * (n > 1)}") for n, c in colours.items()]
     if len(runs) > 1:
-        entries += [plt.Line2D([], [], color="0.25", linestyle=style, label=run) for style, (run, _) in styled]
+        entries += [plt.Line2D([], [], color="0.25", linestyle=style, label=run) for run, style in styles.items()]
     figure.legend(handles=entries, loc="upper center", ncols=max(1, len(entries)), frameon=False, fontsize=11)
     figure.supxlabel(f"step (means of {SMOOTH}, validation as measured; grey line: the next stage begins)", fontsize=10)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def _draw_phases(axis, steps: list[dict]) -> None:
-    """What each phase of a step took, one on the other."""
-    curves = [curve(steps, "timing", phase) for phase in PHASES]
-    axis.stackplot(curves[0][0], *(seconds for _, seconds in curves), labels=PHASES, colors=[f"C{i + 4}" for i in range(6)])  # fmt: skip
-    axis.legend(fontsize=8, reverse=True, loc="upper left", frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         if not out.suffix:  # matplotlib would write to out.png
             raise CurvesError(f"--out {out} must be the name of a picture, such as curves.png")
         draw_curves({str(folder): read_run(folder) for folder in args.runs}, out)
-    except (CurvesError, OSError, ValueError) as error:  # ValueError: matplotlib knows no such kind of picture
+    except (OSError, ValueError, TypeError) as error:  # matplotlib knows no such kind of picture; a metric is no number
         sys.exit(f"curves: {error}")
     print(f"wrote {out}")
 

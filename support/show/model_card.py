@@ -1,8 +1,6 @@
 """What a run says at its end: a few sentences on what was learned, and a model card beside the weights."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -10,7 +8,7 @@ from string import Template
 from data import IMAGE, Item, question_text
 from support.learner import lora
 from support.run.atomic_files import write_text
-from support.run.settings import MACHINE, Settings, flag
+from support.run.settings import Settings, comparable, flag
 from support.show.results import Results, format_number, results_table
 
 CARD = Template("""---
@@ -74,73 +72,56 @@ print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_t
 With the code that trained it: `python eval.py --model $folder --rank PHOTOS`.
 """)
 
-BLIND_VALUE, BLIND_ORDER = "best constant by MAE", "prompt order"  # rows of results.blind_rows
-
 
 def what_was_learned(results: Results) -> str:
     """How far values and order came from the first policy to the last, what a blind one would get, and how many answers
-    that rests on.
-
-    results: rows of policies, the first and the last of them are compared, and those of results.blind_rows.
+    that rests on.  results: rows of policies, and those of results.blind_rows
     """
     policies = [name for name in results if name == "base" or name.startswith("stage")]
-    first, last = policies[0], policies[-1]
-    numbers = sorted(results[last])
-    errors, blind = (_change(results, names, "mae", numbers) for names in ((first, last), (BLIND_VALUE,)))
-    said = [
-        f"From {first} to {last}, the mean error of the values went from {errors[0]} to {errors[1]} at "
-        f"{' / '.join(map(str, numbers))} image{'s' * (numbers != [1])} in a prompt; the best constant errs by {blind[0]}."
-    ]
-    several = [n for n in numbers if n > 1]
-    if several:
-        taus, blind = (_change(results, names, "tau", several) for names in ((first, last), (BLIND_ORDER,)))
-        said.append(
-            f"Tau of the order went from {taus[0]} to {taus[1]} at {' / '.join(map(str, several))} images; "
-            f"the order of the prompt has {blind[0]}."
+    first, last, numbers = policies[0], policies[-1], sorted(results[policies[-1]])
+
+    def shown(name: str, metric: str, least: int = 1) -> str:
+        known = [results.get(name, {}).get(n, {}).get(metric) for n in numbers if n >= least]
+        return " / ".join(f"{x:.0%}" if x is not None and metric == "valid" else format_number(x, 2) for x in known)
+
+    said = (
+        f"From {first} to {last}, the mean error of the values went from {shown(first, 'mae')} to {shown(last, 'mae')} at "
+        f"{' / '.join(map(str, numbers))} image{'s' * (numbers != [1])} in a prompt; the best constant errs by "
+        f"{shown('best constant by MAE', 'mae')}. "
+    )
+    if several := [n for n in numbers if n > 1]:
+        said += (
+            f"Tau of the order went from {shown(first, 'tau', 2)} to {shown(last, 'tau', 2)} at "
+            f"{' / '.join(map(str, several))} images; the order of the prompt has {shown('prompt order', 'tau', 2)}. "
         )
-    valid = _change(results, (first, last), "valid", numbers, ".0%")
-    said.append(f"This is of valid answers alone: {valid[0]} of {first}'s answers, {valid[1]} of {last}'s.")
-    return " ".join(said)
-
-
-def _change(results: Results, names: tuple[str, ...], metric: str, numbers: list[int], form: str = "") -> list[str]:
-    shown = lambda x: format(x, form) if form and x is not None and not math.isnan(x) else format_number(x, 2)
-    return [" / ".join(shown(results.get(name, {}).get(n, {}).get(metric)) for n in numbers) for name in names]
-
-
-def _how_to_load(folder: Path) -> tuple[str, str, str]:
-    """What is needed, its imports, and the lines that make `model` of `folder`."""
-    load = "Qwen2_5_VLForConditionalGeneration.from_pretrained"
-    if not (folder / lora.CONFIG).exists():
-        return "transformers alone", "", f"model = {load}(folder)"
-    base = lora.read_config(folder)["base_model_name_or_path"]
-    lines = f'base = {load}("{base}")\nmodel = PeftModel.from_pretrained(base, folder)'
-    return "transformers and peft", "from peft import PeftModel\n", lines
+    valid = f"{shown(first, 'valid')} of {first}'s answers, {shown(last, 'valid')} of {last}'s"
+    return f"{said}This is of valid answers alone: {valid}."
 
 
 def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item], results: Results) -> None:
     """README.md in a saved policy's folder.  name: its row in the results.  items: what it was trained on"""
+    load = "Qwen2_5_VLForConditionalGeneration.from_pretrained"
+    how = dict(needs="transformers alone", imports="", load=f"model = {load}(folder)")
+    if (folder / lora.CONFIG).exists():
+        base = f'base = {load}("{lora.read_config(folder)["base_model_name_or_path"]}")'
+        peft = f"{base}\nmodel = PeftModel.from_pretrained(base, folder)"
+        how = dict(needs="transformers and peft", imports="from peft import PeftModel\n", load=peft)
     questions = sorted({item.task.question for item in items})
     more = [f"and {len(questions) - 5} more"] if len(questions) > 5 else []
     stages = [f"{s.steps1} steps with 1 image in a prompt (stage 1)"]
     if name == "stage 2":
         stages.append(f"{s.steps2} steps with {' / '.join(map(str, s.images))} images (stage 2)")
-    needs, imports, load = _how_to_load(folder)
     card = CARD.substitute(
+        how,
         base=s.model,
         data=s.data,
         name=name,
         questions="\n\n".join([f"> {question}" for question in questions[:5]] + more),
         images=f"{len(items):,}",
         prompts=s.eval_samples,
-        results=results_table(
-            {row: known for row, known in results.items() if not row.startswith("stage") or row <= name}
-        ),
+        results=results_table({row: x for row, x in results.items() if not row.startswith("stage") or row <= name}),
         length=" and then ".join(stages),
         settings=_changed_settings(s) or "    (none)",
-        needs=needs,
-        imports=imports,
-        load=load,
         folder=folder,
         content=json.dumps(f"Image 1: {IMAGE}\n" + question_text(items[0].task, 1), ensure_ascii=False),
     )
@@ -149,8 +130,6 @@ def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item]
 
 def _changed_settings(s: Settings) -> str:
     """A line for each that is not the default, but for those of the machine."""
-    names = [field.name for field in dataclasses.fields(s) if field.name not in MACHINE]
-    changed = {name: getattr(s, name) for name in names if getattr(s, name) != getattr(Settings(), name)}
-    return "\n".join(
-        f"    {flag(k)} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items()
-    )
+    shown = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
+    changed = {name: value for name, value in comparable(s).items() if value != getattr(Settings(), name)}
+    return "\n".join(f"    {flag(name)} {shown(value)}" for name, value in changed.items())

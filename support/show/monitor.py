@@ -153,7 +153,11 @@ class Clock:
 
 
 class Warnings:
-    """Says once, plainly, when a run shows a known failure of RL with verifiable rewards. Thresholds are ours."""
+    """Says once, plainly, when a run shows a known failure of RL with verifiable rewards. Thresholds are ours.
+
+    steps        that a sign is judged by; improvement is what the last ones have over the first ones
+    first_steps  that a dead start is judged by
+    """
 
     def __init__(self, steps: int = 20, first_steps: int = 5):
         self.steps, self.first_steps = steps, first_steps
@@ -163,43 +167,24 @@ class Warnings:
     def __call__(self, log: dict, max_reward: float) -> str | None:
         """log: metrics of a step. -> what is wrong and what to try, at most once for each sign"""
         self.logs.append(log | {"reward": log["reward"] / max_reward})
-        if len(self.logs) == self.first_steps and (sign := self._dead_start()):
-            return sign
-        if len(self.logs) < 2 * self.steps:
-            return None
         first, last = self.logs[: self.steps], self.logs[-self.steps :]
-        known = lambda name, logs: mean(log.get(name) for log in logs)
-        gain = {name: known(name, last) - known(name, first) for name in ("format", "regression", "ranking")}
-        reward = known("reward", last)
-        signs = {
-            "collapse": (
-                known("zero_spread", last) > 0.8 and reward < 0.9,
-                "the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta",
-            ),
-            "reward hacking": (
-                gain["format"] > 0.1 and gain["regression"] < 0.01 and not gain["ranking"] >= 0.01,
-                "the format improves, values and order do not: lower --w-format, or look at the predictions",
-            ),
-            "stuck": (
-                known("grad_norm", last) < 1e-4 and reward < 0.5,
-                "hardly any gradient while the reward is low: raise --rmo-k, --rmo-probability or --group-size",
-            ),
-        }
-        for name, (present, advice) in signs.items():
-            if present and name not in self.said:
-                self.said.add(name)
-                return f"{name}: over the last {self.steps} steps {advice}"
-        return None
-
-    def _dead_start(self) -> str | None:
-        spread = 1 - mean(log["zero_spread"] for log in self.logs)
-        if spread < 0.02 and mean(log["reward"] for log in self.logs) < 0.9:
-            return (
-                f"dead start: in the first {self.first_steps} steps the answers of every group earned the same, so nothing "
-                "but RMO teaches: raise --temperature, --group-size, --rmo-k and --rmo-probability, or --delta if the "
-                "values are far off"
-            )
-        return None
+        known = lambda name, logs=last: mean(log.get(name) for log in logs)
+        gain = lambda name: known(name) - known(name, first)
+        enough, alike, reward = len(self.logs) >= 2 * self.steps, known("zero_spread"), known("reward")
+        signs = [
+            (len(self.logs) == self.first_steps and alike > 0.98 and reward < 0.9,
+             "dead start: so far the answers of every group earned the same, so nothing but RMO teaches: raise --temperature, "
+             "--group-size, --rmo-k and --rmo-probability, or --delta if the values are far off"),
+            (enough and alike > 0.8 and reward < 0.9,
+             "collapse: the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta"),
+            (enough and gain("format") > 0.1 and gain("regression") < 0.01 and not gain("ranking") >= 0.01,
+             "reward hacking: the format improves, values and order do not: lower --w-format, or look at the predictions"),
+            (enough and known("grad_norm") < 1e-4 and reward < 0.5,
+             "stuck: hardly any gradient while the reward is low: raise --rmo-k, --rmo-probability or --group-size"),
+        ]  # fmt: skip
+        new = [sign for present, sign in signs if present and sign not in self.said]
+        self.said |= set(new[:1])
+        return new[0] if new else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,17 +257,28 @@ class Monitor:
 
     def keep_evidence(self, step: int, batch: Batch, log: dict) -> None:
         """What was in a step whose numbers went wrong. While there is some, --resume takes a smaller --lr."""
-        name = f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
-        keep_evidence(self.folder / "bad_steps" / name, batch, log)
+        path = self.folder / "bad_steps" / f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = zip(batch.samples, batch.groups(batch.texts), batch.advantages.tolist(), strict=True)
+        groups = [
+            {
+                "images": [item.name for item in sample.items],
+                "labels": sample.labels,
+                "answers": answers,
+                "advantages": a,
+            }
+            for sample, answers, a in rows
+        ]
+        path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
 
     def log_validation(self, step: int, share: float, rows: dict[int, dict]) -> None:
         """Write down what `train.validate` returned after that step."""
         if self.world.main:
             self._write(self.validation, {"stage": self.stage, "step": step, "reward": share, "images": rows})
-            named = {
+            numbers = {
                 f"validation/{n}/{name}": x for n, row in rows.items() for name, x in row.items() if name != "interval"
             }
-            self.track(self.before + step, finite({"validation/reward": share} | named))
+            self.track(self.before + step, finite({"validation/reward": share} | numbers))
 
     @staticmethod
     def _write(file, entry: dict) -> None:
@@ -303,27 +299,9 @@ def progress_text(log: dict, base: dict) -> str:
     return " ".join([f"{log['images']} image{'s' * (log['images'] > 1)}", *words])
 
 
-def keep_evidence(path: Path, batch: Batch, log: dict) -> None:
-    """What was in a step whose numbers went wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    groups = [
-        {
-            "images": [item.name for item in sample.items],
-            "labels": sample.labels,
-            "answers": answers,
-            "advantages": advantages,
-        }
-        for sample, answers, advantages in zip(
-            batch.samples, batch.groups(batch.texts), batch.advantages.tolist(), strict=True
-        )
-    ]
-    path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
-
-
 def dead_base(rows: dict[int, dict]) -> str | None:
     """What to say of a base policy whose answers are nearly all invalid.  rows: number of images -> metrics"""
-    prompts = sum(row["n"] for row in rows.values())
-    valid = sum(row["valid"] * row["n"] for row in rows.values() if not math.isnan(row["valid"])) / max(prompts, 1)
+    valid = sum(row["valid"] * row["n"] for row in rows.values()) / sum(row["n"] for row in rows.values())
     if valid >= 0.05:
         return None
     return (
@@ -336,13 +314,11 @@ def dead_base(rows: dict[int, dict]) -> str | None:
 # --------------------------------------------------------------------------------------------------------------------
 # Trackers: --track
 
-NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # the package
-
 
 def check_tracker(track: str | None) -> None:
-    """Raise SettingError if the package that --track needs is not installed."""
-    if track and not importlib.util.find_spec(NEEDS[track]):
-        raise SettingError(f"--track {track}: the package {NEEDS[track]} is not installed: pip install {NEEDS[track]}")
+    """Raise SettingError if the package that --track needs is not installed. It has the same name."""
+    if track and not importlib.util.find_spec(track):
+        raise SettingError(f"--track {track}: the package {track} is not installed: pip install {track}")
 
 
 def start_tracker(s: Settings, folder: Path, first: int, main: bool) -> Callable[[int, dict], None]:

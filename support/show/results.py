@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import reward
-from data import Item, Sample, Task, format_answer, format_value
+from data import Item, Sample, format_answer, format_value
 from support.run.atomic_files import write_text
 
 Results = dict[str, dict[int, dict]]  # policy -> number of images -> metrics of eval.summarize, and what `beside` says
@@ -105,7 +105,7 @@ def results_table(results: Results) -> str:
 
 
 def _label(name: str, row: dict) -> str:
-    """With the constant of a blind row, if it says one. Several tasks have one each, so that row may well correlate."""
+    """With the constant of a blind row. Several tasks have one each, so that row may well correlate."""
     if not name.startswith("best constant"):
         return name
     constant = row.get("constant", math.nan)
@@ -115,9 +115,8 @@ def _label(name: str, row: dict) -> str:
 def _cells(key: str, row: dict, n: int) -> tuple[str, str]:
     """A metric, and half the width of its interval."""
     value = row.get(key)
-    if key in ("srcc", "plcc") and n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH:
-        value = None
-    if value is None or math.isnan(value):
+    too_few = key in ("srcc", "plcc") and n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH
+    if value is None or math.isnan(value) or too_few:
         return "-", ""
     shown = "{:.1%}".format if key == "valid" else format_number
     low, high = row.get("interval", {}).get(key, (None, None))
@@ -135,10 +134,8 @@ def beside(predictions: Sequence[dict]) -> dict[str, Any]:
 def intervals(predictions: Sequence[dict]) -> dict[str, list[float]]:
     """{metric: [low, high]} for valid, mae, regression and tau: 95 % bootstrap intervals over prompts.
 
-    A thousand times as many prompts as there are are drawn with replacement, the same ones for the same number of
-    prompts; the interval leaves out the lowest and the highest 2.5 % of the thousand results. It says how far the
-    number would move with other prompts, not with another training run. Metrics that are undefined, and fewer than
-    ENOUGH prompts, have none.
+    A thousand times P prompts are drawn with replacement, the same ones for the same P. The interval says how far the number
+    would move with other prompts, not with another training run. Undefined metrics, and fewer than ENOUGH prompts, have none.
     """
     P = len(predictions)
     if P < ENOUGH:
@@ -157,9 +154,7 @@ def intervals(predictions: Sequence[dict]) -> dict[str, list[float]]:
     return {name: np.percentile(column, (2.5, 97.5)).tolist() for name, column in known.items() if len(column)}
 
 
-NEARLY_ALL_VALUES = 0.9
-NEARLY_ALL_ORDERS = 0.95
-FEW_VALID = 0.5
+NEARLY_ALL_VALUES, NEARLY_ALL_ORDERS, FEW_VALID = 0.9, 0.95, 0.5  # shares that are worth a remark
 
 
 def remarks(predictions: Sequence[dict]) -> list[str]:
@@ -198,17 +193,16 @@ GRID, GROUPS = 2000, 500  # candidates and labels at most: a million rewards tak
 def best_constant(labels: Sequence[float], delta: float, decimals: int) -> tuple[float, float]:
     """The constant answer that earns most by R_reg, and the one that errs least by MAE (the median).
 
-    Both have the task's decimals, as an answer would. Of equally good ones by R_reg it is the lowest. More than GROUPS
-    different labels are sorted into so many groups of one size, and the middle of each stands for it.
+    Both have the task's decimals. Of equally good ones by R_reg it is the lowest. More than GROUPS different labels are sorted
+    into so many groups of one size, and the middle of each stands for it.
 
     >>> best_constant([1, 1, 1, 9, 9, 10, 30], delta=4, decimals=0)  # R_reg prefers the mode, the median is 9
     (1.0, 9.0)
     """
     counts = Counter(map(float, labels))
     if len(counts) > GROUPS:
-        groups = np.array_split(np.sort(np.asarray(labels, dtype=np.float64)), GROUPS)
         counts = Counter()
-        for group in groups:
+        for group in np.array_split(np.sort(np.asarray(labels, dtype=np.float64)), GROUPS):
             counts[float(group[len(group) // 2])] += len(group)
     earned = lambda value: sum(times * reward.value_reward(value, label, delta) for label, times in counts.items())
     best = max(_candidates(sorted(counts), decimals), key=earned)
@@ -225,29 +219,6 @@ def _candidates(numbers: list[float], decimals: int) -> list[float]:
     return sorted({round(number, decimals) for number in numbers})
 
 
-def best_constants(tasks: Iterable[Task], train_items: Sequence[Item]) -> dict[str, dict[str, float]]:
-    """{"best constant by R_reg": {task name: value}, "best constant by MAE": {...}}; {} without training labels.
-
-    A task without training images of its own gets the constant of all training labels.
-    """
-    if not train_items:
-        return {}
-    labels: dict[str, list[float]] = defaultdict(list)
-    for item in train_items:
-        labels[item.task.name].append(item.label)
-    everything = [item.label for item in train_items]
-    found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks}
-    by_reward = {name: constants[0] for name, constants in found.items()}
-    by_error = {name: constants[1] for name, constants in found.items()}
-    return {"best constant by R_reg": by_reward, "best constant by MAE": by_error}
-
-
-def constant_answer(sample: Sample, value: float) -> str:
-    """The answer that says one value of every image, and lists the images in the order of the prompt."""
-    text = format_value(value, sample.task.decimals)
-    return format_answer((i, text) for i in range(1, len(sample.items) + 1))
-
-
 def blind_rows(
     samples: dict[int, list[Sample]],
     train_items: Sequence[Item],
@@ -256,19 +227,29 @@ def blind_rows(
     """Further rows of `results_table`: the best constants of the training labels, and the order of the prompt.
 
     samples: the test prompts for each number of images. Where all are of one task, its constant is in the row as
-    "constant". A constant lists nothing and an order says no values: the metrics that judge these are nan.
+    "constant". A task without training images of its own gets the constants of all training labels.
+    A constant lists nothing and an order says no values: the metrics that judge these are nan.
     grade: samples and an answer to each -> metrics (eval.grade)
     """
     tasks = {sample.task for few in samples.values() for sample in few}
+    labels: dict[str, list[float]] = defaultdict(list)
+    for item in train_items:
+        labels[item.task.name].append(item.label)
+    everything = [item.label for item in train_items]
+    found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks if everything}
     rows: dict[str, dict[int, dict[str, float]]] = {}
 
     def metrics(few: list[Sample], says: dict[str, float]) -> dict[str, float]:
-        return grade(few, [constant_answer(sample, says[sample.task.name]) for sample in few])
+        """Of answers that say one value of every image of a task, in the order of the prompt."""
+        said = [format_value(says[sample.task.name], sample.task.decimals) for sample in few]
+        return grade(
+            few, [format_answer((i, x) for i, _ in enumerate(s.items, 1)) for s, x in zip(few, said, strict=True)]
+        )
 
-    for name, says in best_constants(tasks, train_items).items():
-        constant = next(iter(says.values())) if len(says) == 1 else math.nan
-        more = {"tau": math.nan, "constant": constant}
-        rows[name] = {n: metrics(few, says) | more for n, few in samples.items()}
+    for k, kind in enumerate(("R_reg", "MAE") if found else ()):
+        says = {name: constants[k] for name, constants in found.items()}
+        more = {"tau": math.nan, "constant": next(iter(says.values())) if len(says) == 1 else math.nan}
+        rows[f"best constant by {kind}"] = {n: metrics(few, says) | more for n, few in samples.items()}
     rows["prompt order"] = {}
     for n, few in samples.items():
         if n > 1:

@@ -3,6 +3,7 @@
 All have one width and one size of thumbnail, and are drawn downwards by a `Sheet`.
 """
 
+import contextlib
 import json
 import math
 import textwrap
@@ -30,15 +31,9 @@ _font = lru_cache(ImageFont.load_default)  # it is unpacked anew at every call
 
 
 def write(
-    draw: ImageDraw.ImageDraw,
-    size: int,
-    xy: tuple[float, float],
-    text: str,
-    room: float,
-    colour: str,
-    anchor: str = "la",
-    cut: str = "end",
-) -> float:
+    draw: ImageDraw.ImageDraw, size: int, xy: tuple[float, float], text: str, room: float, colour: str,
+    anchor: str = "la", cut: str = "end",
+) -> float:  # fmt: skip
     """Write what fits into `room` pixels, cut at the end or in the middle. -> x behind it"""
     font = _font(size)
     # The built-in font knows little beyond ASCII. A policy may write anything, and a file have any name.
@@ -80,14 +75,29 @@ class Sheet:
     def rule(self) -> None:
         self.draw.line((MARGIN, self.y - 4, self.width - MARGIN, self.y - 4), fill=LINE)
 
-    def thumbnail(self, item: Item, x: int, y: int, caption: str, colour: str = FAINT, cut: str = "end") -> None:
-        """An image in the middle of a square of THUMB pixels, text below it. At 200 : 1 it is a line, never nothing."""
-        self.room(y - self.y + THUMB + CAPTION)
-        image = item.image()
-        scale = THUMB / max(image.size)
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        self.canvas.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
-        write(self.draw, TEXT, (x + THUMB // 2, y + THUMB + 5), caption, CELL - 4, colour, anchor="ma", cut=cut)
+    def thumbnails(
+        self, shown: Iterable[tuple[Item, str, str]], left: int = MARGIN, down: int = 0, columns: int = PER_LINE,
+        cut: str = "end", names: bool = False,
+    ) -> int:  # fmt: skip
+        """Images (item, caption, its colour) in lines, from `down` below y on. -> where they end
+
+        Each is in the middle of a square of THUMB pixels. At 200 : 1 it is a line, never nothing.
+        """
+        height = THUMB + CAPTION + ROW * names
+        lines = 0
+        for place, (item, caption, colour) in enumerate(shown):
+            x, y, lines = left + place % columns * CELL, self.y + down + place // columns * height, place // columns + 1
+            self.room(y - self.y + height)
+            image = item.image()
+            scale = THUMB / max(image.size)
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            self.canvas.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
+            middle = x + THUMB // 2
+            write(self.draw, TEXT, (middle, y + THUMB + 5), caption, CELL - 4, colour, anchor="ma", cut=cut)
+            if names:
+                name, below = Path(item.name).name, y + THUMB + CAPTION
+                write(self.draw, TEXT - 2, (middle, below), name, THUMB, FAINT, anchor="ma", cut="middle")
+        return self.y + down + lines * height
 
     def save(self, path: Path) -> None:
         """PNG, or whatever the path's ending says."""
@@ -99,8 +109,6 @@ class Sheet:
 
 def draw_predictions(samples: Sequence[Sample], predictions: Sequence[dict], path: Path, prompts: int = 16) -> None:
     """One sheet of so many samples, spread evenly over all of them, as one policy answered them."""
-    if len(samples) != len(predictions):
-        raise ValueError(f"{len(samples)} samples but {len(predictions)} predictions")
     chosen = np.linspace(0, len(samples) - 1, min(prompts, len(samples))).round().astype(int)
     draw_answers([samples[i] for i in chosen], {"": [predictions[i] for i in chosen]}, path)
 
@@ -118,12 +126,11 @@ def draw_answers(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], 
     for colour, text in ((FAINT, "The value earns"), (GREEN, "90 % or more"), (ORANGE, "less"), (RED, "nothing")):
         x = write(sheet.draw, TEXT, (x, sheet.y), text, WIDTH, colour) + 18
     sheet.y += ROW
-    blocks: list[list[int]] = []  # numbers of the samples in a line
-    for k, sample in enumerate(samples):
-        if blocks and sum(len(samples[i].items) for i in blocks[-1]) + len(sample.items) <= PER_LINE:
-            blocks[-1].append(k)
-        else:
-            blocks.append([k])
+    blocks: list[list[int]] = [[]]  # numbers of the samples in a line
+    for k in range(len(samples)):
+        if blocks[-1] and sum(len(samples[i].items) for i in [*blocks[-1], k]) > PER_LINE:
+            blocks.append([])
+        blocks[-1].append(k)
     for block in blocks:
         sheet.rule()
         for name, predictions in answers.items():
@@ -149,8 +156,8 @@ def _draw_answer(sheet: Sheet, left: int, sample: Sample, prediction: dict) -> i
         tau = "" if prediction["tau"] is None else f", tau {prediction['tau']:.2f}"
         about, colour = f"error {sum(errors) / len(errors):.3g}{tau}, {task.name}, delta {task.delta:g}", INK
     write(sheet.draw, TEXT, (left, sheet.y), about, min(PER_LINE, len(sample.items)) * CELL - GAP, colour)
-    y = sheet.y + ROW
-    for place, image_id in enumerate(prediction["order"] or range(1, len(sample.items) + 1)):
+    shown = []
+    for image_id in prediction["order"] or range(1, len(sample.items) + 1):
         item = sample.items[image_id - 1]
         caption, colour = f"true {short(item.label, task.decimals)}", FAINT
         if values is not None:
@@ -158,9 +165,8 @@ def _draw_answer(sheet: Sheet, left: int, sample: Sample, prediction: dict) -> i
             caption += f"  said {short(said, task.decimals + 1)}"  # the digit shows 6.5 as not quite 6
             earned = reward.value_reward(said, item.label, task.delta)
             colour = GREEN if earned >= 0.9 else ORANGE if earned > 0 else RED
-        x, top = left + place % PER_LINE * CELL, y + place // PER_LINE * (THUMB + CAPTION)
-        sheet.thumbnail(item, x, top, caption, colour)
-    return y + math.ceil(len(sample.items) / PER_LINE) * (THUMB + CAPTION)
+        shown.append((item, caption, colour))
+    return sheet.thumbnails(shown, left, down=ROW)
 
 
 def compare_policies(folder: Path, names: Iterable[str], samples: dict[int, list[Sample]]) -> None:
@@ -172,12 +178,10 @@ def compare_policies(folder: Path, names: Iterable[str], samples: dict[int, list
     shown = [few[0] for few in samples.values()]
     answers: dict[str, Sequence[dict]] = {}
     for name in names:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             text = (folder / f"predictions_{name.replace(' ', '')}.jsonl").read_text(encoding="utf-8")
             known = {tuple(p["items"]): p for p in map(json.loads, text.splitlines())}
             answers[name] = [known[tuple(item.name for item in sample.items)] for sample in shown]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     draw_answers(shown, answers, folder / "before_after.png")
 
 
@@ -207,31 +211,21 @@ def watch_group(folder: Path, stage: int, step: int, batch: Batch) -> None:
     (folder / "groups").mkdir(exist_ok=True)
     title = f"Stage {stage}, step {step}: one prompt and its {len(texts)} answers"
     draw_group(sample, texts, rewards, advantages, mutated, title, folder / "groups" / f"{stage}-{step:07d}.png")
-    line = {
-        "stage": stage,
-        "step": step,
-        "images": [item.name for item in sample.items],
-        "labels": sample.labels,
-        "question": sample.task.question,
-        "answers": [
-            {"text": text, "advantage": a, "mutated": m, "format": r.format, "regression": r.regression,
-             "ranking": r.ranking, "reward": r.total}
-            for text, r, a, m in zip(texts, rewards, advantages, mutated, strict=True)
-        ],
-    }  # fmt: skip
+    answers = [
+        {"text": text, "advantage": a, "mutated": m, "format": r.format, "regression": r.regression,
+         "ranking": r.ranking, "reward": r.total}
+        for text, r, a, m in zip(texts, rewards, advantages, mutated, strict=True)
+    ]  # fmt: skip
+    line = {"stage": stage, "step": step, "images": [item.name for item in sample.items], "labels": sample.labels,
+            "question": sample.task.question, "answers": answers}  # fmt: skip
     with open(folder / "groups" / "groups.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(finite(line)) + "\n")
 
 
 def draw_group(
-    sample: Sample,
-    texts: Sequence[str],
-    rewards: Sequence[reward.Reward],
-    advantages: Sequence[float],
-    mutated: Sequence[bool],
-    title: str,
-    path: Path,
-) -> None:
+    sample: Sample, texts: Sequence[str], rewards: Sequence[reward.Reward], advantages: Sequence[float],
+    mutated: Sequence[bool], title: str, path: Path,
+) -> None:  # fmt: skip
     """The images, the question, all G answers with their rewards and advantages: why the policy was pushed where it was.
 
     What has a positive advantage becomes more likely, the rest less.
@@ -240,13 +234,12 @@ def draw_group(
     sheet, n = Sheet(title), len(sample.items)
     for line in textwrap.wrap(data.question_text(sample.task, n), 170):
         sheet.line_of(line)
-    for start in range(0, n, PER_LINE):
-        for i, item in enumerate(sample.items[start : start + PER_LINE]):
-            caption = f"image {start + i + 1}: {data.format_value(item.label, sample.task.decimals)}"
-            sheet.thumbnail(item, MARGIN + i * CELL, sheet.y, caption, INK)
-        sheet.y += THUMB + CAPTION
+    labels = [data.format_value(label, sample.task.decimals) for label in sample.labels]
+    shown = [
+        (item, f"image {i}: {label}", INK) for i, (item, label) in enumerate(zip(sample.items, labels, strict=True), 1)
+    ]
+    sheet.y = sheet.thumbnails(shown) + 8
     sheet.room((len(texts) + 2) * ROW)
-    sheet.y += 8
     for name, x in TABLE.items():
         write(sheet.draw, TEXT, (x, sheet.y), name, 400, FAINT, anchor="la" if x == MARGIN else "ra")
     sheet.y += ROW
@@ -295,13 +288,7 @@ def draw_ranking(items: Sequence[Item], order: Sequence[int], values: Sequence[f
     columns = max(PER_LINE, math.ceil(math.sqrt(1.3 * n)))  # never much taller than wide
     sheet = Sheet(task.question, columns)
     sheet.line_of(f"{n} image{'s' * (n > 1)}, {task.order}, line by line.  Below each: rank, value; file.")
-    for start in range(0, n, columns):
-        for place, i in enumerate(order[start : start + columns]):
-            known = values[i]
-            value = "-" if known is None else short(known, task.decimals + 2)
-            x = MARGIN + place * CELL
-            sheet.thumbnail(items[i], x, sheet.y, f"{start + place + 1}:  {value}", INK)
-            name, y = Path(items[i].name).name, sheet.y + THUMB + CAPTION
-            write(sheet.draw, TEXT - 2, (x + THUMB // 2, y), name, THUMB, FAINT, anchor="ma", cut="middle")
-        sheet.y += THUMB + CAPTION + ROW
+    value = lambda x: "-" if x is None else short(x, task.decimals + 2)
+    shown = [(items[i], f"{rank}:  {value(values[i])}", INK) for rank, i in enumerate(order, start=1)]
+    sheet.y = sheet.thumbnails(shown, columns=columns, names=True)
     sheet.save(path)
