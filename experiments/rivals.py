@@ -304,6 +304,7 @@ def advantages(function: Callable[[Learner, Stage, Batch], Tensor]) -> tuple[Any
     return train, "collect", with_advantages(function)
 
 
+MEASURED = (monitor, "rollout_numbers", numbers)  # replaced whichever rival trains
 # name -> what it replaces: (module, name of the function, the function that takes its place)
 RIVALS: dict[str, list[tuple[Any, str, Callable]]] = {
     "rarl": [],
@@ -325,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="experiments.rivals", description="Train with a rival of the method.")
     parser.add_argument("rival", choices=RIVALS, help="see the top of experiments/rivals.py")
     argv = sys.argv[1:] if argv is None else argv
-    for module, name, function in [(monitor, "rollout_numbers", numbers), *RIVALS[parser.parse_args(argv[:1]).rival]]:
+    for module, name, function in [MEASURED, *RIVALS[parser.parse_args(argv[:1]).rival]]:
         setattr(module, name, function)
     train.main(argv[1:])
 

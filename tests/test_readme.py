@@ -90,7 +90,7 @@ def test_the_first_commands_run_as_typed(tmp_path):
 def test_every_other_command_runs(finished, here, monkeypatch, signals):
     import train
     from experiments import ablate, make_tiny, rescue
-    from experiments.rivals import RIVALS
+    from experiments.rivals import MEASURED, RIVALS
 
     shutil.copytree(finished[0], here / "runs" / "rarl")  # what `python train.py` leaves
     # An experiment trains its first run here, and the others are copies: that their settings are sound is checked before
@@ -108,7 +108,7 @@ def test_every_other_command_runs(finished, here, monkeypatch, signals):
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
     monkeypatch.setattr(rescue.Base, "folder", lambda base: ROOT / "tiny")  # tested in test_rescue.py
     monkeypatch.setattr(make_tiny, "examine", lambda *policy: ("", []))  # tested in test_lessons.py
-    for module, name, _ in (place for places in RIVALS.values() for place in places):
+    for module, name, _ in [MEASURED, *(place for places in RIVALS.values() for place in places)]:
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
     runnable = [command for command in commands() if command.here and command.line not in APART]
     assert {"train", "eval", "experiments.bench", "experiments.ablate"} <= {command.module for command in runnable}

@@ -206,6 +206,7 @@ def test_an_unknown_rival_is_an_error_and_a_known_one_trains(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         rivals.main(["grp0"])
     assert "invalid choice: 'grp0'" in capsys.readouterr().err
-    monkeypatch.setattr(train, "collect", train.collect)  # to be put back
+    for module, name in ((train, "collect"), (rivals.monitor, "rollout_numbers")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
     rivals.main(["imitation", "--beta", "0"])
-    assert train.collect is rivals.imitate
+    assert train.collect is rivals.imitate and rivals.monitor.rollout_numbers is rivals.numbers
