@@ -50,7 +50,7 @@ from experiments import drawn_labels
 from experiments.commands import CommandError, run_command
 from experiments.report import report
 from experiments.runs import Run, Trainer, parser_of, plan
-from support.run.settings import comparable, flag, parse_settings
+from support.run.settings import comparable, parse_settings
 
 # Of every run; what stands behind -- overrides it. Without validation a stage ends with its last policy. The tolerance is that
 # of the tables in experiments/README.md; it was the default of dots until `delta` showed that 2 is better.
@@ -204,14 +204,6 @@ def plan_run(experiment: str, variant: str, seed: int, more: list[str]) -> Run:
     return plan(name, arguments, what.rival, what.evaluate_on)
 
 
-def lost_differences(experiment: str, runs: dict[str, list[Run]]) -> list[str]:
-    """Settings that the variants say differently, but whose value behind -- makes alike. Their names then mislead."""
-    said = [comparable(plan_run(experiment, variant, 0, []).settings) for variant in runs]
-    done = [comparable(run.settings) for seeds in runs.values() for run in seeds]
-    vary = lambda settings, key: any(s[key] != settings[0][key] for s in settings)
-    return [key for key in said[0] if vary(said, key) and not vary(done, key)]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -265,10 +257,6 @@ def ablate(argv: list[str]) -> None:
         e: {variant: [plan_run(e, variant, seed, more) for seed in sorted(set(args.seeds))] for variant in args.rows[e]}
         for e in args.experiments
     }
-    for experiment, of in planned.items():
-        for name in lost_differences(experiment, of):
-            note = f"note: {experiment} compares values of {flag(name)}, but behind -- all are given one"
-            print(note, file=sys.stderr)
     runs = {e: [run for seeds in of.values() for run in seeds] for e, of in planned.items()}
     left = {e: {run.name for run in some} for e, some in runs.items()}
 

@@ -300,13 +300,6 @@ def test_drawings_with_other_labels_are_made_before_the_first_run(here, monkeypa
     assert len(made) == 3
 
 
-def test_a_difference_that_is_overridden_is_said(here, monkeypatch, capsys):
-    monkeypatch.setattr(ablate.Trainer, "train_unless_done", lambda self, run: run.folder.exists() or finish(run))
-    ablate.ablate(["stages", "--seeds", "0", "--", *SHORT])
-    said = capsys.readouterr().err
-    assert "note: stages compares values of --steps1," in said and "of --steps2," in said and said.count("note") == 2
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
