@@ -179,7 +179,11 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
         "labels as they are": [*FACES, "--no-balance"],
         "one stage": [*FACES, *ONE_STAGE],
     },
-    "faces_unseen": {"RMO": [*FACES, *UNSEEN_AGES], "nothing": [*FACES, *UNSEEN_AGES, *NO_RMO]},
+    "faces_unseen": {
+        "RMO": [*FACES, *UNSEEN_AGES],
+        "nothing": [*FACES, *UNSEEN_AGES, *NO_RMO],
+        "OraRL": Variant([*FACES, *UNSEEN_AGES, *NO_RMO], "orarl"),
+    },
 }
 PHOTOGRAPHS = ("faces", "faces_unseen")
 
