@@ -106,7 +106,7 @@ def test_every_other_command_runs(finished, here, monkeypatch, signals):
             shutil.copytree(trained[stages], run.folder)
 
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
-    monkeypatch.setattr(rescue.Base, "folder", lambda base: ROOT / "tiny")  # tested in test_rescue.py
+    monkeypatch.setattr(rescue.Base, "folder", lambda self: ROOT / "tiny")  # tested in test_rescue.py
     monkeypatch.setattr(make_tiny, "examine", lambda *policy: ("", []))  # tested in test_lessons.py
     for module, name, _ in [MEASURED, *(place for places in RIVALS.values() for place in places)]:
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end

@@ -45,11 +45,11 @@ def test_change_the_reward(run, tmp_path):
     assert scored.regression == pytest.approx(0.6065, abs=1e-4) and scored.total == pytest.approx(1.6065, abs=1e-4)
     assert reward.compute_reward("no", [10], 4) == (0, 0, 0, 0)
     for p in lines(tmp_path / "evaluated" / "predictions.jsonl"):
-        errors = [(value - label) / 4 for value, label in zip(p["values"], p["labels"], strict=True)]
+        errors = [(value - label) / 2 for value, label in zip(p["values"], p["labels"], strict=True)]
         assert p["regression"] == pytest.approx(sum(math.exp(-2 * e * e) for e in errors) / len(errors))
     labels = [p["labels"][0] for p in lines(tmp_path / "evaluated" / "predictions.jsonl") if len(p["labels"]) == 1]
     blind = json.loads((tmp_path / "evaluated" / "results.json").read_text())["best constant by MAE"]["1"]
-    earned = [math.exp(-2 * ((blind["constant"] - label) / 4) ** 2) for label in labels]
+    earned = [math.exp(-2 * ((blind["constant"] - label) / 2) ** 2) for label in labels]
     assert blind["regression"] == pytest.approx(sum(earned) / len(earned))
 
 
