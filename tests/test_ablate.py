@@ -110,11 +110,6 @@ def test_nearness_by_hand():
     assert runs.near(predictions, 2) == {"within 2@2": 0.75, "CCC@2": pytest.approx(2 * 2.5 / (12.5 + 1.5 + 1))}
 
 
-def test_imitation_has_no_groups_of_answers(here):
-    run = finish(runs.plan("run", SHORT, rival="imitation"))
-    assert math.isnan(runs.read_run(run).row["mutated"]) and not math.isnan(runs.read_run(run).row["entropy"])
-
-
 def test_table_begins_with_who_did_not_train_and_who_does_not_look(here):
     planned = {"on": [finish(runs.plan(f"on-{i}", [*SHORT, "--seed", str(i)]), mae(1.0 + i)) for i in (0, 1)]}
     text = report.report("rmo", planned)
@@ -244,15 +239,6 @@ def test_a_shared_run_is_trained_once_and_evaluated_elsewhere_once(here, monkeyp
     )
     runs.Trainer().train_all(planned, jobs=2)
     assert len(log.read_text().splitlines()) == 1  # train.py again, as the false one wrote no results; eval.py not
-
-
-def test_what_is_evaluated_elsewhere_is_the_last_stage(here, monkeypatch):
-    fake_programs(here, monkeypatch)
-    for more, last in ((["--steps2", "0"], "stage1"), (["--stage", "1"], "stage1"), (["--steps1", "0"], "stage2")):
-        run = ablate.plan_run("transfer", "dials -> dots", 0, more)
-        runs.Trainer().train_all([run], jobs=1)
-        assert f"runs/{run.name}/{last}'" in (here / "runs" / f"{run.name}.log").read_text().splitlines()[1]
-        assert run.settings.data == "dials" and run.evaluate_on == "dots"
 
 
 def test_an_evaluation_that_fails_is_named(here, monkeypatch):

@@ -328,21 +328,6 @@ def test_against_a_loop_and_its_finite_differences(seed, normalize):
     assert stats["ratio"].item() == pytest.approx(ratio.mean().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_on_policy_against_the_loop(seed):
-    # The loop gets logp itself as old_logp: equal in value. Its gradient is the formula's, below.
-    logp, _, ref_logp, advantages, mask = random_batch(seed)
-    loss, grad, _ = loss_and_grad(logp, None, ref_logp, advantages, mask, beta=0.3)
-    x = logp.tolist()
-    assert loss.item() == pytest.approx(
-        loop_loss(x, x, ref_logp.tolist(), advantages.tolist(), mask.tolist(), beta=0.3), rel=1e-12
-    )
-    # gradient: (-A + beta (1 - e^d)) / (length N)
-    d = ref_logp - logp.detach()
-    expected = (-advantages[:, None] + 0.3 * (1 - d.exp())) * mask / (mask.sum(1, keepdim=True) * len(mask))
-    torch.testing.assert_close(grad, expected)
-
-
 # ---- conduct
 
 

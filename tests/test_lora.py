@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 
 import peft
@@ -326,13 +325,10 @@ def retrained_base(folder):
 BAD = {
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors cannot be"),
     "half the weights": (truncated, "adapter_model.safetensors cannot be read"),
-    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
     "no rank": (reconfigured(r=None), "adapter_config.json cannot be read"),
     "another method": (reconfigured(peft_type="IA3"), "does not describe a LoRA adapter"),
-    "no scale": (reconfigured(lora_alpha=math.inf), "does not describe a LoRA adapter"),
     "another scale": (reconfigured(use_rslora=True), "use_rslora true is not supported"),
     "weights that are not the base's": (reconfigured(init_lora_weights="pissa"), 'init_lora_weights "pissa" is not supported'),
-    "biases": (reconfigured(bias="all"), 'bias "all" is not supported'),
     "what a later peft may add": (reconfigured(use_magic={"layers": [3]}), 'use_magic {"layers": [3]} is not supported'),
     "another rank": (reconfigured(r=5), "is not of rank 5, or not of the base's size"),
     "no base": (reconfigured(base_model_name_or_path="gone/for/good"), "gone/for/good does not exist (base_model_name"),
@@ -341,7 +337,6 @@ BAD = {
     "a missing factor": (reweighted(lambda w, name: w.pop(name.replace("_A", "_B"))), "is not of rank 4"),
     "another model's": (reweighted(lambda w, name: w.update({"base_model.model.x.lora_A.weight": w[name].clone()})), "x is no linear"),
     "more than LoRA": (reweighted(lambda w, name: w.update(magnitude=w[name].clone())), "magnitude is not supported"),
-    "nothing": (reweighted(lambda w, name: w.clear()), "no adapter is not supported"),
 }  # fmt: skip
 
 

@@ -77,11 +77,8 @@ DAMAGE = [
     ("stage1/model.safetensors", cut, "model.safetensors was altered"),
     ("stage1/model.safetensors", flip, "model.safetensors was altered"),
     ("stage1/model.safetensors", os.unlink, "stage1 is incomplete"),
-    ("stage1/tokenizer.json", flip, "tokenizer.json was altered"),
-    ("stage1/preprocessor_config.json", os.unlink, "stage1 is incomplete"),
     ("stage1/config.json", edit("x", 1), "config.json was altered"),
     ("stage1/checksums.json", cut, "stage1 is incomplete"),
-    ("stage1/task.json", flip, "task.json was altered"),
     ("stage1", shutil.rmtree, "stage1, which does not exist"),
 ]
 
