@@ -48,6 +48,7 @@ import reward
 import rmo
 from support.datasets import saved_task
 from support.learner.learner import Learner
+from support.learner.plan import filled_in
 from support.learner.policies import load_start
 from support.learner.stage import Batch, Stage, seed_of
 from support.learner.world import rank_and_size, start_world
@@ -311,7 +312,7 @@ def run(s: Settings, stop: Stop) -> Results:
             saved_task.begin(folder.path, s.data, splits, task_overrides(s), s.max_pixels, s.skip_bad)
         tests = {n: data.make_samples(test_items, n, s.eval_samples) for n in sorted({1, *s.images})}
         blind = blind_rows(tests, train_items, evaluation.grade)
-        learner = Learner(policy, world, s)
+        learner = Learner(policy, world, filled_in(s, policy.model, train_items, world))
 
         def report(name: str) -> None:
             results[name] = evaluate_everywhere(learner, tests, name, folder)

@@ -151,7 +151,7 @@ class Trainer:
         s = run.settings
         words = ["--model", run.folder / f"stage{max(run.stages)}", "--data", run.evaluate_on, "--seed", 0,
                  "--images", *sorted({1, *s.images}), "--samples", s.eval_samples, "--device", s.device,
-                 "--batch-size", s.rollout_batch, "--out", run.results.parent]  # fmt: skip
+                 "--batch-size", s.rollout_batch or 64, "--out", run.results.parent]  # fmt: skip
         self.call(run, ["eval.py", *map(str, words)], log_mode="a")
 
     def call(self, run: Run, words: list[str], log_mode: str) -> None:

@@ -170,13 +170,13 @@ def test_a_step_is_that_of_the_cpu(policy_folder, samples, more):
     assert agree > 0.8
 
 
-def test_a_run_goes_through_and_on(tmp_path, monkeypatch):
+def test_a_run_goes_through_and_on(tmp_path, monkeypatch, capfd):
     """The program itself: evaluation, a step, a checkpoint; then --resume reads it and takes the next step."""
     monkeypatch.chdir(tmp_path)
     small = (
         "--device cuda --stage 1 --batch-size 2 --group-size 2 --images 1 --eval-samples 1 --val-samples 1 --workers 0"
     )
-    more = "--watch-every 0 --validate-every 0 --checkpoint-every 1 --steps1 2 --lora-rank 2"
+    more = "--watch-every 0 --validate-every 0 --checkpoint-every 1 --steps1 2 --lora-rank 2 --rollout-batch 0"
 
     class Stopped(BaseException):
         """As if the process had been killed after the first step."""
@@ -192,6 +192,8 @@ def test_a_run_goes_through_and_on(tmp_path, monkeypatch):
         train.main([*small.split(), *more.split()])
     monkeypatch.setattr(train, "update", honest)
     train.main(["--resume"])
+    said = capfd.readouterr().err
+    assert "by the memory plan: --rollout-batch 2 " in said and "GPU memory after the first step" in said
     log = [json.loads(line) for line in (tmp_path / "runs/rarl/metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in log if "loss" in x] == [0, 1] and all(
         math.isfinite(x["loss"]) for x in log if "loss" in x

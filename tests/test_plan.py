@@ -5,16 +5,19 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 import rarl
+from experiments.costs import peak_bytes
 from support.datasets import load_dataset
 from support.learner import lora
-from support.learner.plan import GB, Longest, Plan, longest_prompt, main, plan_text, read_model
-from support.run.settings import Settings, parse_settings
+from support.learner import plan as plan_room
+from support.learner.plan import GB, Longest, Plan, filled_in, longest_prompt, main, plan_text, read_model
+from support.run.settings import SettingError, Settings, parse_settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
@@ -69,6 +72,16 @@ def test_cache_is_that_of_a_prefill(policy, asked):
     assert Plan(policy.model, Settings(), longest, gpu=False).cache(2, 3) == real
 
 
+def test_a_rollout_takes_what_is_planned(policy, asked):
+    samples, prompts = asked
+    longest = of_these(policy, samples, prompts)
+    endless = copy.deepcopy(policy)
+    endless.banned[endless.eos_id] = True
+    real = peak_bytes(lambda: rarl.generate(endless, prompts, 8, longest.T), policy.device)
+    planned = Plan(policy.model, Settings(), longest, gpu=False).rollout(2, 8)
+    assert real <= planned < 1.8 * real
+
+
 def kept_by_autograd(policy, prompts, ids):
     """Bytes that the forward pass keeps for the backward pass, without the parameters; each storage once."""
     parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -120,6 +133,29 @@ def test_largest_numbers_fit_and_one_more_does_not():
     room = 0.1 * GB - sum(plan.state().values())
     assert plan.rollout(largest, s.group_size) <= room < plan.rollout(largest + 1, s.group_size) and 1 < largest < 64
     assert "GB too much for a 2.01 GB card" in plan_text(s, TINY, 2.01)
+
+
+def test_what_is_0_becomes_the_largest_that_fits(policy, monkeypatch, capsys):
+    s = Settings(batch_size=64, rollout_batch=0, max_tokens_per_forward=0, activation_checkpointing=True)
+    model, items = policy.model, load_dataset("dots")
+    on = lambda kind: SimpleNamespace(device=torch.device(kind), size=1, main=True)
+    usual = Settings()
+    assert filled_in(s, model, items, on("cpu")) == dataclasses.replace(
+        s, rollout_batch=usual.rollout_batch, max_tokens_per_forward=usual.max_tokens_per_forward
+    )
+    monkeypatch.setattr(plan_room, "card_bytes", lambda world: 2.1 * GB)
+    filled = filled_in(s, model, items, on("cuda"))
+    longest = longest_prompt(s, model)  # which draws the same items
+    plan, more = (
+        Plan(model, x, longest) for x in (filled, dataclasses.replace(filled, rollout_batch=filled.rollout_batch + 1))
+    )
+    assert max(plan.passing().values()) + sum(plan.state().values()) == plan.peak() <= 0.1 * GB < more.peak()
+    assert f"--rollout-batch {filled.rollout_batch} " in capsys.readouterr().err
+    given = dataclasses.replace(s, rollout_batch=3)
+    assert filled_in(given, model, items, on("cuda")).rollout_batch == 3
+    monkeypatch.setattr(plan_room, "card_bytes", lambda world: 2.01 * GB)
+    with pytest.raises(SettingError, match="not even one prompt fits this card of 2 GB"):
+        filled_in(s, model, items, on("cuda"))
 
 
 def test_plan_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):

@@ -14,11 +14,15 @@ import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow import
 
 # isort: split
 import argparse
+import copy
+import dataclasses
 import math
+import sys
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +38,7 @@ from support.datasets.loader import AHEAD
 from support.datasets.readers import READERS
 from support.datasets.splits import load_splits
 from support.learner import lora
+from support.learner.world import World
 from support.run.interrupts import leave
 from support.run.preflight import task_overrides
 from support.run.settings import SettingError, Settings, parse_settings
@@ -43,6 +48,7 @@ GB = 1e9
 RESERVE = 2 * GB  # of a card: CUDA's own, libraries' workspaces, gaps that the allocator leaves
 PROCESSES = (1, 2, 4, 8)
 PROCESS = 3 * GB  # host memory of Python and torch
+FILE = 2**30  # bytes of a file of a checkpoint, see support/run/checkpoints.py
 TINY = Path(__file__).resolve().parent.parent.parent / "tiny"
 
 
@@ -129,8 +135,10 @@ class Plan:
         )  # transformers' cache is copied to ours
         # Dropping finished answers copies up to 3/4 of the cache. Sampling: log-probs, and two float64 tensors as large.
         logits = 20 * prompts * group * text.vocab_size
-        attention = 16 * prompts * group * text.num_attention_heads * (P + self.longest.T)  # four float32 tensors of it
-        return max(work(prompts * S, vision), prefill, 1.75 * self.cache(prompts, group) + logits + attention)
+        # What each query may see, of all answers' places: two tensors of bool become the bias. A copy is made with the cache's.
+        queries = group * text.num_attention_heads // text.num_key_value_heads
+        bias = (2 * self.m + 2) * prompts * queries * (P + group * self.longest.T)
+        return max(work(prompts * S, vision), prefill, 1.75 * self.cache(prompts, group) + logits) + bias
 
     # The update
 
@@ -195,6 +203,34 @@ class Plan:
         gathered_root = 2 * self.root if full and self.W > 1 else 0
         return self.activations(groups, checkpointing) + gathered_root + max(head, layer)
 
+    # All of it
+
+    def passing(self) -> dict[str, float]:
+        """What comes and goes: one of these beside the state."""
+        s, own = self.s, min(self.s.rollout_batch, self.prompts)
+        groups = max(1, min(s.max_tokens_per_forward // self.group(), self.prompts))
+        return {
+            "rollout": self.rollout(own, s.group_size),
+            "evaluation": self.rollout(s.rollout_batch, 1),
+            "update": self.update(groups, s.activation_checkpointing),
+        }
+
+    def group(self) -> int:
+        """Tokens of a prompt and its answers in the update."""
+        return self.longest.P + self.s.group_size * (self.longest.T - 1)
+
+    def peak(self) -> float:
+        return sum(self.state().values()) + max(self.passing().values())
+
+    def most_prompts(self, room: float) -> int:
+        """The largest --rollout-batch for which rollout and evaluation fit."""
+        G = self.s.group_size
+        return largest(lambda n: max(self.rollout(n, G), self.rollout(n, 1)) <= room, self.prompts)
+
+    def most_tokens(self, room: float, checkpointing: bool) -> int:
+        """The largest --max-tokens-per-forward."""
+        return largest(lambda n: self.update(n, checkpointing) <= room, self.prompts) * self.group()
+
     # Beside the GPU
 
     def host(self) -> float:
@@ -203,7 +239,8 @@ class Plan:
         loading = self.weights * (2 if self.s.lora_rank else 4)
         saving = best + (4 * self.trained if self.s.lora_rank else 4 * self.weights)
         moments = 8 * self.trained if self.s.offload else 0
-        return self.W * (PROCESS + (AHEAD + 1) * self.pixels()) + moments + max(loading, saving)
+        files = 2 * min(FILE, self.checkpoint())  # of a checkpoint one is made in memory: its tensors, its bytes
+        return self.W * (PROCESS + (AHEAD + 1) * self.pixels() + files) + moments + max(loading, saving)
 
     def checkpoint(self) -> float:
         """Trained weights and their two moments in float32, and those of the best policy once there is one."""
@@ -239,8 +276,8 @@ def read_model(path: str | Path) -> Any:
         raise rarl.ModelError(f"model {path}: cannot read config.json ({reason}): the plan needs that file") from None
 
 
-def longest_prompt(s: Settings, model: Any) -> Longest:
-    """From the sizes of the training images, or without --data-root from --max-pixels alone.
+def longest_prompt(s: Settings, model: Any, items: Sequence[data.Item] | None = None) -> Longest:
+    """From the sizes of the training images (`items`; None: they are read), or without --data-root from --max-pixels alone.
 
     No tokenizer is asked: three letters of a question are taken for a token, two of an answer (in JSON each digit is one).
     """
@@ -248,26 +285,77 @@ def longest_prompt(s: Settings, model: Any) -> Longest:
     merge, edge = vision.spatial_merge_size, vision.spatial_merge_size * vision.patch_size
     most = s.max_pixels or 16384 * edge**2  # what Qwen's own preprocessor_config.json allows
     n = 1 if s.stage == 1 else max(s.images)
-    if s.data in DRAWN or s.data_root:
-        items = load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
-        tasks, labels = {item.task for item in items}, [item.label for item in items]
-    elif s.data in READERS:
-        items, tasks, labels = [], {READERS[s.data][1]}, [1e4]
-    else:
-        raise data.DataError(f"--data {s.data} is unknown: choose one of {', '.join([*DRAWN, *READERS])}")
+    if items is None:
+        items = []
+        if s.data in DRAWN or s.data_root:
+            items = load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
+        elif s.data not in READERS:
+            raise data.DataError(f"--data {s.data} is unknown: choose one of {', '.join([*DRAWN, *READERS])}")
     tokens = 0 if items else most // edge**2
     for item in items[:100] if s.data in DRAWN else items:  # drawings have one size
         if tokens < most // edge**2:
             width, height = size_of(item)
             height, width = data.smart_size(height, width, edge, 56 * 56, most)
             tokens = max(tokens, height * width // edge**2)
-    question = max(len(s.question or data.question_text(task, n)) for task in tasks)
+    # Of each task the labels that take the most letters.
+    labels: dict[data.Task, list[float]] = {} if items else {READERS[s.data][1]: [1e4]}
+    for item in items:
+        labels.setdefault(item.task, []).append(item.label)
+    ends = [
+        data.Item("", x, task, lambda: Image.new("RGB", (1, 1)))
+        for task, some in labels.items()
+        for x in (min(some), max(some))
+    ]
+    question = max(len(s.question or data.question_text(task, n)) for task in labels)
     P = n * (tokens + 9) + question // 3 + 24  # 9: "Image 1: " and the image's marks; 24: the chat's
-    values = [data.format_value(label, max(0, task.decimals)) for label in (min(labels), max(labels)) for task in tasks]
-    answer = data.format_answer((i, max(values, key=len)) for i in range(1, n + 1))
-    longest = len(answer) // 2  # tokens
-    T = s.max_new_tokens or longest + longest // 2 + 1 + 16  # as data.max_answer_tokens: EOS, slack
+    guess = SimpleNamespace(tokenizer=lambda texts: {"input_ids": [text[::2] for text in texts]})
+    T = s.max_new_tokens or data.max_answer_tokens(guess, [data.Sample((item,) * n) for item in ends])
     return Longest(P, n * tokens * merge**2, T)
+
+
+def shapes(model: Any) -> Any:
+    """The model without weights and adapters."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"  # rarl's own is set when there are weights
+    with torch.device("meta"):
+        return Backbone(config)
+
+
+def filled_in(s: Settings, model: Any, items: Sequence[data.Item], world: World) -> Settings:
+    """The settings with the largest --rollout-batch and --max-tokens-per-forward that fit this card, where they are 0.
+
+    On a CPU: the defaults, as far as they go. Raises SettingError if nothing fits.
+    """
+    if s.rollout_batch and s.max_tokens_per_forward:
+        return s
+    usual = Settings()
+    batch, tokens = s.rollout_batch or usual.rollout_batch, s.max_tokens_per_forward or usual.max_tokens_per_forward
+    if world.device.type == "cuda":
+        plan, card = Plan(shapes(model), s, longest_prompt(s, model, items), world.size), card_bytes(world)
+        room = card - RESERVE - sum(plan.state().values())
+        batch = s.rollout_batch or plan.most_prompts(room)
+        tokens = s.max_tokens_per_forward or plan.most_tokens(room, s.activation_checkpointing)
+        if not (batch and tokens):
+            least = max(plan.rollout(1, s.group_size), plan.update(1, s.activation_checkpointing))
+            raise SettingError(
+                f"not even one prompt fits this card of {card / GB:.0f} GB: by the plan {(least - room) / GB:.1f} GB are missing "
+                "(python -m support.learner.plan says for what)"
+            )
+        if world.main:
+            print(f"by the memory plan: --rollout-batch {batch} --max-tokens-per-forward {tokens}", file=sys.stderr)
+    return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens)
+
+
+def card_bytes(world: World) -> int:
+    """Free bytes of the smallest card, before anything of the run is on it."""
+    return min(world.gather(torch.cuda.mem_get_info(world.device)[0]))
+
+
+def beside_the_plan(s: Settings, model: Any, prompts: Sequence[rarl.Prompt], T: int, world: World) -> str:
+    """The most that this process has had on its GPU, and what the plan says of such a step."""
+    longest = Longest(max(len(p.ids) for p in prompts), max(int(p.grid.prod(1).sum()) for p in prompts), T)
+    planned, real = Plan(shapes(model), s, longest, world.size).peak(), torch.cuda.max_memory_allocated(world.device)
+    return f"GPU memory after the first step: at most {real / GB:.1f} GB so far, by the plan {planned / GB:.1f} GB"
 
 
 def size_of(item: data.Item) -> tuple[int, int]:
@@ -284,28 +372,21 @@ def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
     """The figures of one number of processes, and the sentence about it if nothing fits a card of so many GB."""
     s, state = plan.s, plan.state()
     room = card * GB - RESERVE - sum(state.values())
-    group = plan.longest.P + s.group_size * (plan.longest.T - 1)  # tokens of a prompt and its answers in the update
-    prompts = min(s.rollout_batch, plan.prompts)
-    groups = max(1, min(s.max_tokens_per_forward // group, plan.prompts))
-    evaluation = plan.rollout(s.rollout_batch, 1)
-    passing = max(plan.rollout(prompts, s.group_size), evaluation, plan.update(groups, s.activation_checkpointing))
+    passing = plan.passing()
+    groups = max(1, min(s.max_tokens_per_forward // plan.group(), plan.prompts))
     gb = lambda x: f"{x / GB:.1f}" if x >= 0.05 * GB else f"{x / GB:.2g}"
     rows = {name: gb(x) for name, x in state.items()}
     rows |= {
-        f"rollout, --rollout-batch {s.rollout_batch}": gb(plan.rollout(prompts, s.group_size)),
-        "  of that, its cache": gb(plan.cache(prompts, s.group_size)),
-        f"evaluation, --rollout-batch {s.rollout_batch}": gb(evaluation),
+        f"rollout, --rollout-batch {s.rollout_batch}": gb(passing["rollout"]),
+        "  of that, its cache": gb(plan.cache(min(s.rollout_batch, plan.prompts), s.group_size)),
+        f"evaluation, --rollout-batch {s.rollout_batch}": gb(passing["evaluation"]),
     }
-    fit = {
-        "largest --rollout-batch": largest(lambda n: plan.rollout(n, s.group_size) <= room, plan.prompts),
-    }
+    fit = {"largest --rollout-batch": plan.most_prompts(room)}
     for how, checkpointing in (("with", True), ("without", False)):
-        rows[f"update, --max-tokens-per-forward {s.max_tokens_per_forward}, {how} *"] = gb(
-            plan.update(groups, checkpointing)
-        )
-        fits = lambda n, c=checkpointing: plan.update(n, c) <= room
-        fit[f"largest --max-tokens-per-forward, {how} *"] = largest(fits, plan.prompts) * group
-    rows |= {"all at once, at most": gb(sum(state.values()) + passing)}
+        row = f"update, --max-tokens-per-forward {s.max_tokens_per_forward}, {how} *"
+        rows[row] = gb(plan.update(groups, checkpointing))
+        fit[f"largest --max-tokens-per-forward, {how} *"] = plan.most_tokens(room, checkpointing)
+    rows |= {"all at once, at most": gb(plan.peak())}
     rows |= {name: str(x) if x else "-" for name, x in fit.items()}
     rows |= {"host memory of all processes": gb(plan.host()), "a checkpoint": gb(plan.checkpoint())}
     least = max(plan.rollout(1, s.group_size), plan.update(1, True))
@@ -339,7 +420,9 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
     own, others = parser.parse_known_args(argv)
     if not 0 < own.gpu_memory < math.inf:
         raise SettingError(f"--gpu-memory {own.gpu_memory} must be positive and finite")
-    return parse_settings(others, needed=("model",)), own.gpu_memory
+    s, usual = parse_settings(others, needed=("model",)), Settings()  # of what is 0 the table names the largest
+    batch, tokens = s.rollout_batch or usual.rollout_batch, s.max_tokens_per_forward or usual.max_tokens_per_forward
+    return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens), own.gpu_memory
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,8 +78,10 @@ class Settings:
     lora_targets: str = setting("language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision"))
 
     device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda", title="machine and memory")
-    rollout_batch: int = setting(64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation")
-    max_tokens_per_forward: int = setting(32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory")
+    rollout_batch: int = setting(
+        64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation; 0: the most that fit the GPU")
+    max_tokens_per_forward: int = setting(
+        32768, "packed tokens (prompts and their answers) in one forward of the update: bounds its memory; 0: the most that fit the GPU")
     activation_checkpointing: bool = setting(False, "keep only each layer's input, run it again in the backward: less memory, a third slower")
     freeze_vision: bool = setting(False, "leave the vision tower as it is; its features are then computed once a step")
     offload: bool = setting(False, "Adam's moments in host memory: 8 bytes per parameter less on the GPU (one process)")
@@ -229,8 +231,8 @@ def check_name(name: str) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise SettingError for the first value that cannot work."""
-    at_least_1 = ("batch_size", "rollout_batch", "updates", "max_tokens_per_forward", "checkpoint_every", "val_samples", "eval_samples")  # fmt: skip
-    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "beta", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank")  # fmt: skip
+    at_least_1 = ("batch_size", "updates", "checkpoint_every", "val_samples", "eval_samples")
+    not_negative = ("w_reg", "w_rank", "w_format", "rmo_spread", "warmup", "beta", "max_new_tokens", "workers", "validate_every", "watch_every", "lora_rank", "rollout_batch", "max_tokens_per_forward")  # fmt: skip
     positive = ("lr", "temperature", "lora_alpha")
     rules = [
         *((name, getattr(s, name) >= 1, "must be at least 1") for name in at_least_1),

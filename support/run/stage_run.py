@@ -1,6 +1,7 @@
 """What surrounds the steps of a stage: prompts on their way, RMO's history, log, validation, checkpoints, and the end on a signal."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,6 +10,7 @@ import data
 import rmo
 from support.datasets.loader import load_steps
 from support.learner.learner import Learner
+from support.learner.plan import beside_the_plan
 from support.learner.stage import Batch, Stage
 from support.run.checkpoints import Checkpoints
 from support.run.interrupts import Interrupted, Stop
@@ -67,6 +69,8 @@ class StageRun:
             known = {name: self.history[name] for name in news.keys() & self.history.keys()}
             self.history |= rmo.merge(known, news)  # in place: it may know as many images as the data set has
         self.monitor.log(step, batch, metrics, learner.clock.take())
+        if step == self.first and world.main and world.device.type == "cuda":
+            print(beside_the_plan(s, learner.policy.model, batch.prompts, batch.ids.shape[1], world), file=sys.stderr)
         done = step + 1
         if stage.validation and (done == stage.steps or done % s.validate_every == 0):
             shares, rows = self.validate()

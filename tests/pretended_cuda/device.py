@@ -117,6 +117,8 @@ def pretended_cuda() -> Iterator[None]:
         patch.setattr(cuda, "current_stream", lambda device=None: stream)
         patch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(cuda, "device_count", lambda: 1)
+        patch.setattr(cuda, "mem_get_info", lambda device: (24 * 10**9,) * 2)
+        patch.setattr(cuda, "max_memory_allocated", lambda device: 0)  # nobody counts
         patch.setattr(cuda, "current_device", lambda: 0)
         patch.setattr(cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(cuda.amp.common, "amp_definitely_not_available", lambda: False)
