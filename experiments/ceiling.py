@@ -33,7 +33,7 @@ def ceiling(model: str, name: str, root: str, images: tuple[int, ...], count: in
     for item in {item.name: item for sample in samples for item in sample.items}.values():
         weight, bias, values = (parts[f"{item.task.name}.{part}"] for part in ("weight", "bias", "values"))
         with torch.no_grad():
-            (features,) = see(policy, [item])  # (image tokens, C)
+            (features,), _ = see(policy, [item])  # (image tokens, C)
             value = median(values, features.mean(0) @ weight.T + bias)
         said[item.name] = data.format_value(float(value), item.task.decimals)
     entries = [[(i, said[item.name]) for i, item in enumerate(sample.items, start=1)] for sample in samples]

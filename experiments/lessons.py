@@ -109,9 +109,7 @@ class Eyes:
         self.policy, self.subjects = policy, subjects
         sizes = [len(subject.values) for subject in subjects]
         self.head = nn.Linear(policy.model.config.text_config.hidden_size, sum(sizes))
-        self.places = dict(
-            zip(subjects, torch.arange(sum(sizes)).split(sizes), strict=True)
-        )  # of its values in the head
+        self.places = dict(zip(subjects, torch.arange(sum(sizes)).split(sizes), strict=True))  # of values in the head
 
     def say(self, subject: Subject, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Logits of the values, from each token (image tokens of all, V) and from the mean of each image's tokens (B, V)."""
@@ -122,7 +120,7 @@ class Eyes:
     def read(self, subject: Subject, items: list[data.Item]) -> Tensor:
         """The values that the eyes alone would say, (B,)"""
         some = [items[i : i + 64] for i in range(0, len(items), 64)]
-        return torch.cat([subject.read(self.say(subject, see(self.policy, few))[1]) for few in some])
+        return torch.cat([subject.read(self.say(subject, see(self.policy, few)[0])[1]) for few in some])
 
     def error(self) -> float:
         """Of pictures held out, in tolerances delta, mean over the subjects."""
@@ -131,11 +129,11 @@ class Eyes:
         return float(torch.stack(off).mean())
 
     def save(self, file: Path) -> None:
-        parts = {"values": lambda s: s.values, "weight": lambda s: self.head.weight[self.places[s]],
-                 "bias": lambda s: self.head.bias[self.places[s]]}  # fmt: skip
-        save_file(
-            {f"{s.task.name}.{name}": part(s).detach() for s in self.subjects for name, part in parts.items()}, file
-        )
+        for_each: dict[str, Tensor] = {}
+        for subject, at in self.places.items():
+            parts = {"values": subject.values, "weight": self.head.weight[at], "bias": self.head.bias[at]}
+            for_each |= {f"{subject.task.name}.{name}": part.detach() for name, part in parts.items()}
+        save_file(for_each, file)
 
 
 def labels_of(items: list[data.Item]) -> Tensor:
@@ -153,7 +151,7 @@ def teach_eyes(eyes: Eyes, steps: int, file: Path, batch_size: int, lr: float = 
     lesson, count = Lesson("eyes", modules, steps, lr, file, early), max(1, batch_size // len(eyes.subjects))
     for step in lesson:
         shown = {subject: subject.fresh(step, count) for subject in eyes.subjects}
-        features = see(eyes.policy, [item for items in shown.values() for item in items])
+        features, _ = see(eyes.policy, [item for items in shown.values() for item in items])
         losses, errors = [], {}
         for k, (subject, items) in enumerate(shown.items()):
             labels, of_these = labels_of(items), features[k * count : (k + 1) * count]
@@ -164,12 +162,13 @@ def teach_eyes(eyes: Eyes, steps: int, file: Path, batch_size: int, lr: float = 
         lesson.learn(torch.stack(losses).mean(), **errors)
 
 
-def see(policy: rarl.Policy, items: list[data.Item]) -> tuple[Tensor, ...]:
-    """The vision tower's output for each image, (image tokens, C) each."""
+def see(policy: rarl.Policy, items: list[data.Item]) -> tuple[tuple[Tensor, ...], tuple]:
+    """The vision tower's output for each image, (image tokens, C) each, and each image's grid of patches."""
     patches, grids = zip(*(data.image_patches(i.image(), policy.image_processor) for i in items), strict=True)
     pixels = torch.cat([torch.from_numpy(p) for p in patches])
     grid = torch.tensor(grids)
-    return policy.model.model.visual([pixels], grid).pooler_output.split((grid.prod(1) // 4).tolist())
+    features = policy.model.model.visual([pixels], grid).pooler_output
+    return features.split((grid.prod(1) // 4).tolist()), grids
 
 
 class Seen:
@@ -177,30 +176,27 @@ class Seen:
 
     def __init__(self, policy: rarl.Policy, subjects: list[Subject], count: int):
         self.policy, self.subjects = policy, {subject.task: subject for subject in subjects}
-        self.prompts: dict[tuple, data.Prompt] = {}  # by task, and by each image's number of tokens
+        self.prompts: dict[tuple, data.Prompt] = {}  # by task and the images' grids
         self.pools: dict[data.Task, data.Pool] = {}
-        self.features: dict[str, Tensor] = {}
+        self.looks: dict[str, tuple[Tensor, tuple]] = {}  # name -> features, grid
         with torch.no_grad():
-            for subject in subjects:
-                items = subject.kept(count)
-                self.pools[subject.task] = data.Pool(items)
-                for i in tqdm(
-                    range(0, len(items), 64), desc=f"looking at {subject.task.name}", mininterval=5, leave=False
-                ):
+            for task, subject in self.subjects.items():
+                items = self.pools[task] = data.Pool(subject.kept(count))
+                for i in tqdm(range(0, len(items), 64), desc=f"looking at {task.name}", mininterval=5, leave=False):
                     some = items[i : i + 64]
-                    self.features |= zip((item.name for item in some), see(policy, some), strict=True)
+                    self.looks |= zip((item.name for item in some), zip(*see(policy, some), strict=True), strict=True)
 
     def draw(self, num_images: int, count: int, rng: random.Random) -> tuple[list[data.Sample], list[data.Prompt]]:
         samples = [data.draw_sample(self.pools, num_images, rng) for _ in range(count)]
         return samples, [self.prompt(sample) for sample in samples]
 
     def prompt(self, sample: data.Sample) -> data.Prompt:
-        of_each = [self.features[item.name] for item in sample.items]
-        key = sample.task, *map(len, of_each)
+        features, grids = zip(*(self.looks[item.name] for item in sample.items), strict=True)
+        key = sample.task, grids
         if key not in self.prompts:
             self.prompts[key] = data.make_prompts(self.policy, [sample])[0]
         known = self.prompts[key]
-        return data.Prompt(known.ids, known.pixels, known.grid, torch.cat(of_each))
+        return data.Prompt(known.ids, known.pixels, known.grid, torch.cat(features))
 
 
 def answers_of(policy: rarl.Policy, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -363,9 +359,8 @@ def teach_bad_habits(
     for step in lesson:
         rng, n = random.Random(f"bad habits {step}"), turns[step % len(turns)]
         samples, prompts = seen.draw(n, {1: 24, 2: 20, 4: 12, 8: 8}[n], rng)
-        ids, mask = answers_of(
-            policy, [bad_answer(s, seen.subjects[s.task], rng) for s in samples for _ in range(answers)]
-        )
+        texts = [bad_answer(s, seen.subjects[s.task], rng) for s in samples for _ in range(answers)]
+        ids, mask = answers_of(policy, texts)
         logp, _ = rarl.logprobs(policy, prompts, ids, mask)
         loss = -logp.sum() / mask.sum()
         lesson.learn(loss, **{f"nll@{n}": loss.detach()})

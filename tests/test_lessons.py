@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_data import make_images
+from small_data import make_images, noise_image
 
 import data
 import rarl
@@ -18,7 +18,7 @@ from experiments.ceiling import EYES, ceiling
 from experiments.commands import CommandError
 from experiments.lessons import Guide, Lesson, Seen, answers_of, bad_answer, exact_answer, examine, read_lists, rotated
 from experiments.make_tiny import build_processor
-from experiments.subjects import SHIFT, drawn_subjects, file_subjects, moved
+from experiments.subjects import MOST_VALUES, SHIFT, drawn_subjects, file_subjects, moved
 from support.datasets import load_dataset, splits
 
 
@@ -257,3 +257,26 @@ def test_the_ceiling_is_what_the_eyes_say_of_the_test_prompts(faces, policy, tmp
     for p in predictions:
         assert p["strict"] and p["values"] == [said[name] for name in p["items"]]
         assert [p["values"][i - 1] for i in p["order"]] == sorted(p["values"])
+
+
+def test_images_of_other_shapes_keep_a_prompt_of_their_own(policy, tmp_path):
+    """As many tokens, in another grid: 2 x 8 and 8 x 2 patches."""
+    lines = ["path,label,split"]
+    for k in range(24):
+        name = f"{k}.png"
+        noise_image(*((112, 28) if k % 2 else (28, 112)), seed=k).save(tmp_path / name)
+        lines.append(f"{name},{1.25 * k},{'val' if k >= 16 else 'train'}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    (subject,) = file_subjects("csv", tmp_path, build_processor(56 * 56), 0)
+    assert subject.task.decimals == 2 and len(subject.values) <= MOST_VALUES < 1875
+    mixed = Seen(policy, [subject], 16)
+    samples, prompts = mixed.draw(2, 6, random.Random(0))
+    assert len(mixed.prompts) > 1
+    ids, mask = answers_of(policy, [exact_answer(sample, [1, 2]) for sample in samples])
+    kept, _ = rarl.logprobs(policy, prompts, ids, mask)
+    fresh, _ = rarl.logprobs(policy, data.make_prompts(policy, samples), ids, mask)
+    torch.testing.assert_close(kept, fresh, atol=1e-5, rtol=1e-5)
+    digits = torch.tensor(policy.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    row, _, is_id, *_ = read_lists(ids, digits, samples, [[1, 2]] * 6)  # 3.75 has three digits, 18.75 four
+    for r, sample in enumerate(samples):
+        assert int((~is_id[row == r]).sum()) == sum(len(f"{label:.2f}") - 1 for label in sample.labels)
