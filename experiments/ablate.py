@@ -227,7 +227,7 @@ def check_photographs(experiment: str, more: list[str]) -> None:
     settings = parse_settings([*FACES, *more])
     if not settings.data_root or not Path(settings.data_root).is_dir():
         raise CommandError(f"{experiment} needs UTKFace's aligned faces: add -- --data-root DIR")
-    if not Path(settings.model).is_dir():
+    if not Path(settings.model, "config.json").is_file():
         raise CommandError(f"{experiment} needs {settings.model}: make it with python -m experiments.make_tiny --data")
 
 
