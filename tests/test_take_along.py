@@ -24,7 +24,7 @@ from support.datasets.splits import read_dataset
 PAGE = (ROOT / "docs" / "take-along.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.S))
 ADAPTERS = ("rarl_trl.py", "rarl_verl.py", "rarl_easyr1.py", "rarl_swift.py")
-CPU = dict(use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)
+QUICK = dict(use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)
 
 
 def one(value):
@@ -115,7 +115,7 @@ def test_the_20_answers_in_our_own_loop(policy, tokens):
 
 
 def test_the_20_answers_through_trl(trl_blocks, tokens, monkeypatch):
-    trainer = trl_blocks("train_trl").make_trainer(**CPU)
+    trainer = trl_blocks("train_trl").make_trainer(**QUICK)
     shown = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
     messages = [[{"role": "assistant", "content": text}] for text in shown]
     inputs = [{"prompt": "", "labels": y, "delta": d} for y, d in zip(LABELS, DELTAS, strict=True)]
@@ -200,7 +200,7 @@ def test_the_20_answers_through_ms_swift(fresh, tokens):
 
 def test_a_step_of_trl_with_nothing_but_the_leaves(trl_blocks, fresh):
     """In a process that cannot see this project. The prompt is ours, token for token."""
-    settings = CPU | dict(max_steps=1, num_generations=2, per_device_train_batch_size=2, max_completion_length=40)
+    settings = QUICK | dict(max_steps=1, num_generations=2, per_device_train_batch_size=2, max_completion_length=40)
     program = (
         f"import train_trl; trainer = train_trl.make_trainer(**{settings}); trainer.train(); "
         "row = trainer.train_dataset[0]; logged = trainer._logs; "
@@ -244,7 +244,7 @@ def test_rmo_rescues_a_dead_start_in_trl(trl_blocks, dead_start):
     def rewards(kind, steps):
         trainer = make_trainer(
             kind, images=1, model=dead_start, max_steps=steps, max_completion_length=24, beta=0.0,
-            learning_rate=2e-3, lr_scheduler_type="constant", **CPU,
+            learning_rate=2e-3, lr_scheduler_type="constant", **QUICK,
         )  # fmt: skip
         before = [p.clone() for p in trainer.model.parameters()]
         trainer.train()
@@ -261,7 +261,7 @@ def test_rmo_replaces_one_row_in_all_that_the_loss_sees(trl_blocks, monkeypatch)
     """Of two groups the first earns nothing; the second has a good answer and stays."""
     make_trainer, rmo_trl = trl_blocks("train_trl").make_trainer, trl_blocks("rmo_trl")
     rmo_trl.RMOTrainer.probability = 1.0
-    trainer = make_trainer(rmo_trl.RMOTrainer, num_generations=3, per_device_train_batch_size=6, **CPU)
+    trainer = make_trainer(rmo_trl.RMOTrainer, num_generations=3, per_device_train_batch_size=6, **QUICK)
     rows = [trainer.train_dataset[i] for i in (0, 0, 0, 1, 1, 1)]
     written = ["No.", "No.", "No.", rows[3]["solution"], "No.", "No."]
     ids = [
@@ -287,38 +287,45 @@ def test_rmo_replaces_one_row_in_all_that_the_loss_sees(trl_blocks, monkeypatch)
     assert (trainer._generate_and_score_completions(rows)["advantages"][:3] == 0).all()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_shared_prompt_has_trls_loss_and_gradient(trl_blocks, parts):
-    """parts: of a generated batch, which TRL makes after it has shuffled the rows. Two parts have incomplete groups."""
+@pytest.mark.parametrize("parts, lora", [(1, False), (2, False), (1, True)])
+def test_the_shared_prompt_has_trls_loss_and_gradient(trl_blocks, parts, lora):
+    """parts: of a generated batch, which TRL makes after it has shuffled the rows. Two parts have incomplete groups.
+
+    lora: and with it gradient checkpointing, and two updates per rollout, for which TRL keeps the old log-probs.
+    """
+    from peft import LoraConfig
+    from trl import GRPOTrainer
     from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-    trl = trl_blocks("trl")
-    settings = CPU | dict(num_generations=4, per_device_train_batch_size=8 // parts, max_completion_length=40,
-                          steps_per_generation=parts, gradient_accumulation_steps=parts)  # fmt: skip
-    make_trainer = trl_blocks("train_trl").make_trainer
-    ours = make_trainer(trl_blocks("shared_trl").SharedPromptTrainer, **settings)
-    theirs = make_trainer(trl.GRPOTrainer, **settings)
-    for trainer in (ours, theirs):
+    settings = QUICK | dict(num_generations=4, per_device_train_batch_size=8 // parts, max_completion_length=40,
+                            steps_per_generation=parts, gradient_accumulation_steps=parts,
+                            num_iterations=1 + lora)  # fmt: skip
+    trainers = []
+    for kind in (trl_blocks("shared_trl").SharedPromptTrainer, GRPOTrainer):
+        if lora:
+            kind = functools.partial(kind, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+        trainer = trl_blocks("train_trl").make_trainer(kind, **settings)
         generator = torch.Generator().manual_seed(0)
         for p in trainer.model.parameters():  # away from the reference
-            p.data += 0.01 * torch.randn(p.shape, generator=generator)
+            p.data += p.requires_grad * 0.01 * torch.randn(p.shape, generator=generator)
         trainer.model.train()
+        if lora:
+            trainer.model.gradient_checkpointing_enable()
         trainer.current_gradient_accumulation_steps = parts
+        trainers.append(trainer)
+    ours, theirs = trainers
     rows = [ours.train_dataset[i] for i in (0, 0, 0, 0, 1, 1, 1, 1)]
     torch.manual_seed(0)
     batch = ours._generate_and_score_completions(rows)
-    batch["advantages"] = torch.arange(8) - 2.0  # whatever the answers earned
-    # The reference's log-probs as TRL computes them, of the same answers.
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    images = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
-    with torch.no_grad():
-        expected, *_ = theirs._get_per_token_logps_and_entropies(
-            theirs.ref_model, ids, mask, batch["completion_ids"].shape[1], **images
-        )
     answer = batch["completion_mask"].bool()
-    torch.testing.assert_close(batch["ref_per_token_logps"][answer], expected[answer], atol=1e-4, rtol=0)
+    written = [row[keep].tolist() for row, keep in zip(batch["completion_ids"], answer, strict=True)]
+    theirs._generate_single_turn = lambda *args, **kwargs: (written, None)
+    expected = theirs._generate_and_score_completions(rows)
+    assert ("old_per_token_logps" in expected) == lora
+    for name in {"ref_per_token_logps", "old_per_token_logps", "advantages"} & set(expected):
+        torch.testing.assert_close(batch[name], expected[name], atol=1e-4, rtol=0)
 
+    batch["advantages"] = torch.arange(8) - 2.0  # far from 0, so that the loss is too
     order = [0, 4, 1, 2, 5, 6, 3, 7]  # of two parts the first has 3 rows of one prompt and 1 of the other
     take = lambda x: x[order] if isinstance(x, torch.Tensor) and x.ndim else x
     shuffled = {
@@ -330,7 +337,8 @@ def test_the_shared_prompt_has_trls_loss_and_gradient(trl_blocks, parts):
     for trainer in (ours, theirs):
         loss = trainer._compute_loss(trainer.model, part)
         loss.backward()
-        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+        weights = [p for p in trainer.model.parameters() if p.requires_grad]
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in weights])))
     (loss, gradient), (their_loss, their_gradient) = results
     assert abs(their_loss) > 0.01
     torch.testing.assert_close(loss, their_loss, atol=1e-4, rtol=1e-4)
@@ -339,14 +347,14 @@ def test_the_shared_prompt_has_trls_loss_and_gradient(trl_blocks, parts):
 
 def test_the_shared_prompt_refuses_what_it_cannot_do(trl_blocks):
     with pytest.raises(ValueError, match="plain sampling"):
-        trl_blocks("train_trl").make_trainer(trl_blocks("shared_trl").SharedPromptTrainer, top_p=0.9, **CPU)
+        trl_blocks("train_trl").make_trainer(trl_blocks("shared_trl").SharedPromptTrainer, top_p=0.9, **QUICK)
 
 
 def test_compare(trl_blocks, monkeypatch, capsys):
     train_trl = trl_blocks("train_trl")
     make_trainer, small = (
         train_trl.make_trainer,
-        CPU | dict(max_steps=1, num_generations=2, per_device_train_batch_size=2),
+        QUICK | dict(max_steps=1, num_generations=2, per_device_train_batch_size=2),
     )
     monkeypatch.setattr(train_trl, "make_trainer", lambda *args, **settings: make_trainer(*args, **settings | small))
     trl_blocks("compare")
@@ -359,7 +367,7 @@ def test_compare(trl_blocks, monkeypatch, capsys):
 
 
 def test_a_dataset_of_trls_form_becomes_one_of_ours(trl_blocks):
-    rows = trl_blocks("train_trl").make_trainer(**CPU).train_dataset
+    rows = trl_blocks("train_trl").make_trainer(**QUICK).train_dataset
     rows.save_to_disk("theirs")
     trl_blocks("from_trl")
     items = [item for some in read_dataset("csv", "ours", None, False)[0].values() for item in some]
