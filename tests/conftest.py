@@ -13,6 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # in all processes: other numbers of threads round differently
+os.environ["OMP_WAIT_POLICY"] = (
+    "passive"  # where a test takes two: beside other work they would wait for each other at full speed
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
