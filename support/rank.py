@@ -103,10 +103,7 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def merge_rankings(values: Sequence[float | None], listed_orders: Sequence[Sequence[int]]) -> list[int]:
-    """One order of all n images (indices, lowest first) from their values and from listed orders of a few of them.
-
-    values          a finite number or None for each image
-    listed_orders   lists of different indices, lowest first; no image or pair has to occur in any
+    """One order of all n images (indices, lowest first) from their values (None: unknown) and from listed orders of some.
 
     Bradley-Terry with a prior. Image i has a strength s_i. A listed order puts i before j with probability
     sigmoid(s_j - s_i). Before any vote, s_i is normal around the image's place in the order by values, with variance 1,
@@ -185,9 +182,7 @@ def rank_command(
     n = len(items)
     windows = sum(len(window_starts(n, args.window, r)) for r in range(args.rounds)) if n > 1 else 0
     say(f"{n} prompts with 1 image, {windows} with {min(args.window, n)} ...")
-    ranked = rank_images(
-        asker(answer_greedily, policy, args.batch_size, progress=True), items, args.window, args.rounds
-    )
+    ranked = rank_images(asker(answer_greedily, policy, args.batch_size), items, args.window, args.rounds)
     if ranked.values.count(None) == n and ranked.invalid == windows:
         raise rarl.ModelError(
             f"none of the {n + windows} answers is valid, so there is no order: train this model first"
@@ -205,16 +200,14 @@ def rank_command(
     say(f"wrote {out / 'ranking.jsonl'} and {out / 'ranking.png'}")
 
 
-def asker(
-    answer_greedily: Callable[..., list[str]], policy: rarl.Policy, batch_size: int, progress: bool = False
-) -> Ask:
+def asker(answer_greedily: Callable[..., list[str]], policy: rarl.Policy, batch_size: int) -> Ask:
     """What `rank_images` asks with: samples without labels, all with as many images, -> texts."""
 
     def answers(samples: list[Sample]) -> list[str]:
         # Nobody knows the labels, so room is left for five digits and the task's decimals.
         longest = Sample(tuple(replace(item, label=99999.0) for item in samples[0].items))
-        name = f"{len(longest.items)} in a prompt" if progress else None
-        return answer_greedily(policy, samples, batch_size, data.max_answer_tokens(policy, [longest]), name)
+        length = data.max_answer_tokens(policy, [longest])
+        return answer_greedily(policy, samples, batch_size, length, f"{len(longest.items)} in a prompt")
 
     return answers
 

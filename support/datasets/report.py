@@ -213,6 +213,3 @@ def main(argv: list[str] | None = None) -> None:
     except (DataError, OSError) as error:
         abandon_broken_stdout()
         raise SystemExit(f"data.py: {error}") from None
-    except KeyboardInterrupt:
-        print("data.py: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None

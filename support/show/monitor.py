@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from support.learner.stage import Batch
 from support.learner.world import World
 from support.run.settings import SettingError, Settings
 from support.show.curves import watch_curves
-from support.show.results import finite, mean
-from support.show.sheets import watch_group
+from support.show.results import append_line, finite, mean
+from support.show.sheets import describe_group, watch_group
 
 BAD_STEPS = 5  # in a row, and the run ends
 SAME = 1e-9  # rewards that differ by no more are equal: sums of the same parts in another order differ in the last bit
@@ -98,25 +97,20 @@ class UpdateLog:
         }
         self.sums.append({name: float(value) for name, value in sums.items()})
 
-    def mean_loss(self) -> float:
-        """The loss of this update over all processes."""
-        self.measured = self._over_all_processes()
-        return self.measured["loss"]
-
     def close_epoch(self, grad_norm: float, bad: bool) -> None:
         """bad: the step was skipped, as its loss or gradient was not finite."""
         later = {name: self.measured.get(name) for name in ("ratio", "clip_low", "clip_high")}
         self.metrics |= (later if self.metrics else self.measured | {"grad_norm": grad_norm}) | {"bad": bad}
         self.sums = []
 
-    def _over_all_processes(self) -> dict[str, Any]:
-        """Means, and the loss. None: nothing to average."""
+    def mean_loss(self) -> float:
+        """The loss of this update over all processes. It finds the other means too; None: nothing to average."""
         world = self.world
         parts = [part for parts in world.gather(self.sums) for part in parts]
         total = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
         tokens, sampled = total.get("tokens", 0.0), total.get("sampled", 0.0)
         average = lambda name, count: total[name] / count if count else None
-        return {
+        self.measured = {
             # Each rank's loss is `size` times its share: see `denominator` in Learner.micro_batches.
             "loss": total.get("loss", 0.0) / world.size,
             "policy_loss": total.get("policy_loss", 0.0) / world.size,
@@ -128,6 +122,7 @@ class UpdateLog:
             "mutated_logp": average("mutated_logp", tokens - sampled),
             "pack_fill": total["packed"] / (len(parts) * self.limit) if parts else None,
         }
+        return self.measured["loss"]
 
 
 class Clock:
@@ -205,8 +200,6 @@ class Monitor:
         self.in_turn = len(s.images) if stage == 2 else 1
         self.bad = 0  # steps in a row
         self.warnings = Warnings()
-        names = [folder / f"{name}.jsonl" if world.main else os.devnull for name in ("metrics", "timing", "validation")]
-        self.metrics, self.timing, self.validation = (open(name, "a", encoding="utf-8") for name in names)  # noqa: SIM115
         self.before = s.steps1 if stage == 2 else 0  # steps of the run before this stage
         self.track = start_tracker(s, folder, self.before + first, world.main)
         self.progress = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=not world.main)
@@ -216,8 +209,6 @@ class Monitor:
 
     def __exit__(self, *exception) -> None:
         self.progress.close()
-        for file in (self.metrics, self.timing, self.validation):
-            file.close()
         if self.world.main and self.watch_every and exception == (None, None, None):
             watch_curves(self.folder)
 
@@ -235,8 +226,8 @@ class Monitor:
             place = {"stage": self.stage, "step": step}
             self.track(self.before + step, finite(log))
             speed = {"pack_fill": log.pop("pack_fill")}  # depends on --max-tokens-per-forward, the other metrics do not
-            self._write(self.metrics, place | log)
-            self._write(self.timing, place | {"seconds": sum(seconds.values())} | seconds | speed)
+            append_line(self.folder / "metrics.jsonl", place | log)
+            append_line(self.folder / "timing.jsonl", place | {"seconds": sum(seconds.values())} | seconds | speed)
             self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
             if warning := self.warnings(log, batch.max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
@@ -259,31 +250,17 @@ class Monitor:
         """What was in a step whose numbers went wrong. While there is some, --resume takes a smaller --lr."""
         path = self.folder / "bad_steps" / f"{self.stage}-{step:07d}-rank{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = zip(batch.samples, batch.groups(batch.texts), batch.advantages.tolist(), strict=True)
-        groups = [
-            {
-                "images": [item.name for item in sample.items],
-                "labels": sample.labels,
-                "answers": answers,
-                "advantages": a,
-            }
-            for sample, answers, a in rows
-        ]
+        groups = [describe_group(batch, b) for b in range(len(batch.samples))]
         path.write_text(json.dumps({"log": log, "groups": groups}, indent=1))
 
     def log_validation(self, step: int, share: float, rows: dict[int, dict]) -> None:
         """Write down what `train.validate` returned after that step."""
         if self.world.main:
-            self._write(self.validation, {"stage": self.stage, "step": step, "reward": share, "images": rows})
-            numbers = {
-                f"validation/{n}/{name}": x for n, row in rows.items() for name, x in row.items() if name != "interval"
-            }
+            line = {"stage": self.stage, "step": step, "reward": share, "images": rows}
+            append_line(self.folder / "validation.jsonl", line)
+            known = [(n, name, x) for n, row in rows.items() for name, x in row.items() if name != "interval"]
+            numbers = {f"validation/{n}/{name}": x for n, name, x in known}
             self.track(self.before + step, finite({"validation/reward": share} | numbers))
-
-    @staticmethod
-    def _write(file, entry: dict) -> None:
-        file.write(json.dumps(finite(entry)) + "\n")
-        file.flush()
 
 
 def progress_text(log: dict, base: dict) -> str:

@@ -46,6 +46,12 @@ def write_predictions(predictions: Sequence[dict], path: Path) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
+def append_line(path: Path, entry: dict) -> None:
+    """A JSON object as the last line of a file, written at once."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(entry)) + "\n")
+
+
 def format_number(x: float | None, digits: int = 3) -> str:
     """A cell of a table: "-" where the number is undefined, an exponent where it is huge, or too small to be seen.
 

@@ -18,7 +18,7 @@ import data
 import reward
 from data import Item, Sample
 from support.learner.stage import Batch
-from support.show.results import finite
+from support.show.results import append_line
 
 INK, FAINT, PAPER, LINE = "#1f2328", "#6e7781", "#ffffff", "#d0d7de"
 GREEN, ORANGE, RED = "#1a7f37", "#b35900", "#cf222e"
@@ -201,25 +201,32 @@ TABLE = {"answer, in the order listed": MARGIN, "format": 740, "R_reg": 815, "R_
 BAR, BAR_LENGTH = 1150, 100
 
 
-def watch_group(folder: Path, stage: int, step: int, batch: Batch) -> None:
-    """Write groups/STAGE-STEP.png and a line of groups.jsonl: the group whose rewards differ most says most."""
-    groups = batch.groups(batch.rewards)
-    differ = [max(r.total for r in group) - min(r.total for r in group) for group in groups]
-    b = differ.index(max(differ))
-    sample, texts, rewards = batch.samples[b], batch.groups(batch.texts)[b], groups[b]
-    advantages, mutated = batch.advantages[b].tolist(), batch.groups(batch.mutated.tolist())[b]
-    (folder / "groups").mkdir(exist_ok=True)
-    title = f"Stage {stage}, step {step}: one prompt and its {len(texts)} answers"
-    draw_group(sample, texts, rewards, advantages, mutated, title, folder / "groups" / f"{stage}-{step:07d}.png")
+def describe_group(batch: Batch, b: int) -> dict:
+    """A prompt of a step with its G answers, after mutation, as JSON can hold it."""
+    sample, advantages = batch.samples[b], batch.advantages[b].tolist()
+    texts, rewards, mutated = (batch.groups(rows)[b] for rows in (batch.texts, batch.rewards, batch.mutated.tolist()))
     answers = [
         {"text": text, "advantage": a, "mutated": m, "format": r.format, "regression": r.regression,
          "ranking": r.ranking, "reward": r.total}
         for text, r, a, m in zip(texts, rewards, advantages, mutated, strict=True)
     ]  # fmt: skip
-    line = {"stage": stage, "step": step, "images": [item.name for item in sample.items], "labels": sample.labels,
-            "question": sample.task.question, "answers": answers}  # fmt: skip
-    with open(folder / "groups" / "groups.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(line)) + "\n")
+    images = [item.name for item in sample.items]
+    return {"images": images, "labels": sample.labels, "question": sample.task.question, "answers": answers}
+
+
+def watch_group(folder: Path, stage: int, step: int, batch: Batch) -> None:
+    """Write groups/STAGE-STEP.png and a line of groups.jsonl: the group whose rewards differ most says most."""
+    groups = batch.groups(batch.rewards)
+    differ = [max(r.total for r in group) - min(r.total for r in group) for group in groups]
+    b = differ.index(max(differ))
+    path = folder / "groups" / f"{stage}-{step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    title = f"Stage {stage}, step {step}: one prompt and its {batch.group_size} answers"
+    mutated = batch.groups(batch.mutated.tolist())[b]
+    draw_group(
+        batch.samples[b], batch.groups(batch.texts)[b], groups[b], batch.advantages[b].tolist(), mutated, title, path
+    )
+    append_line(folder / "groups" / "groups.jsonl", {"stage": stage, "step": step} | describe_group(batch, b))
 
 
 def draw_group(
