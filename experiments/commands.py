@@ -1,7 +1,7 @@
 """How the commands of this folder end: with a status, or with one line that says what was wrong and what to do."""
 
-import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,22 +9,13 @@ import torch
 import data
 import rarl
 from support.run.interrupts import leave
-from support.run.settings import SettingError
+from support.run.settings import SettingError, number
+
+at_least = partial(number, int)  # at_least(1) is a `type` for argparse
 
 
 class CommandError(ValueError):
     """A setting or a file that cannot work; the message says what to do."""
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A `type` for argparse."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-        return int(text)
-
-    return number
 
 
 def check_writable(path: Path, flag: str) -> None:

@@ -216,9 +216,7 @@ def test_what_can_no_longer_hold_is_refused_by_name(begun, change, said):
         go_on(run, s)
 
 
-@pytest.mark.parametrize(
-    "damage", [None, "", "{", "[1, 2]\n", '["train", "5", "a.png"]\n', '["all", 5.0, "a.png"]\n', "3\n"]
-)
+@pytest.mark.parametrize("damage", [None, "", "{", "[1, 2]\n", '["all", 5.0, "a.png"]\n', "3\n"])
 def test_damaged_items_of_a_run_are_named(begun, damage):
     run, _, s, _ = begun
     (run / "items.jsonl").unlink() if damage is None else (run / "items.jsonl").write_text(damage)

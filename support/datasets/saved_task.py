@@ -71,11 +71,6 @@ def begin(
         write_text(folder / ITEMS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def copy(folder: Path, to: Path) -> None:
-    """The run's task.json, beside a policy that it trained."""
-    write_text(to / FILE, (folder / FILE).read_text(encoding="utf-8"))
-
-
 def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> list[list[Item]]:
     """The items that the run in `folder` began with, in its order, splits and tasks, whatever the data set says now.
 
@@ -90,9 +85,16 @@ def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> 
         return splits
     if name in DRAWN:
         return [apply(saved, name, items, given) for items in splits]
+    try:
+        lines = (folder / ITEMS).read_text(encoding="utf-8").splitlines()
+        rows = [(ORDER[ORDER.index(split)], float(label), str(item)) for split, label, item in map(json.loads, lines)]
+        if not rows:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder / ITEMS} is damaged ({error}): restore it, or start another run") from None
     now = {item.name: item for items in splits for item in items}
     begun: dict[str, list[Item]] = {split: [] for split in ORDER}
-    for split, label, item_name in _read_items(folder / ITEMS):
+    for split, label, item_name in rows:
         item = now.pop(item_name, None)
         if item is None or item.label != label:
             is_now = f"is {item.label:g}" if item else "is gone"
@@ -105,17 +107,6 @@ def as_begun(folder: Path, name: str, splits: list[list[Item]], given: dict) -> 
     if now:
         say(f"{name}: {len(now)} images were added since {folder} began, such as {next(iter(now))}: left out")
     return [apply(saved, name, items, given) for items in begun.values()]
-
-
-def _read_items(file: Path) -> list[tuple[str, float, str]]:
-    """What `begin` wrote."""
-    try:
-        rows = [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        if not rows or not all([*map(type, row)] == [str, float, str] and row[0] in ORDER for row in rows):
-            raise ValueError("it does not hold what was written")
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}): restore it, or start another run") from None
-    return rows
 
 
 def load_task(folder: str | Path) -> SavedTask | None:

@@ -129,7 +129,7 @@ class RunFolder:
     def write_results(self, results: Results) -> None:
         write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
 
-    def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], None]) -> None:
+    def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], object]) -> None:
         """stage1/ or stage2/: the weights (with LoRA an adapter), what `describe(folder)` writes beside them, checksums."""
         path = self.path / f"stage{stage}"
         beside = path.with_name(path.name + ".writing")
