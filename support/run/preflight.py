@@ -96,7 +96,7 @@ def preflight(policy: rarl.Policy, samples: list[data.Sample], stage: Stage) -> 
     every gradient, and nothing would look wrong. Each prompt's reference makes the whole round: text -> tokens ->
     text -> reward. Up to 1 % may be missing, as a label may have more decimals than the answer.
     """
-    for sample in samples:
+    for sample in {(sample.task, len(sample.items)): sample for sample in samples}.values():
         data.chat_text(policy.tokenizer, sample)  # refuses what the tokenizer would take for a mark of its own
     references = [data.reference_answer(sample) for sample in samples]
     unique = sorted(set(references))
