@@ -147,22 +147,20 @@ def read_ava(root: Path, folder: Path) -> Iterator[Row]:
         raise DataError(f"{file} does not exist: point --data-root at the folder with AVA.txt and images/")
     folders = [f for f in (root / "images", root / "image", root) if f.is_dir()]
     for number, line in enumerate(read_text(file).splitlines(), start=1):
-        row, fields = Row(f"{file} line {number}"), line.split()
-        if re.fullmatch("([0-9]{1,15} ){15}", " ".join([*fields, ""])):
-            image, votes = fields[1], [int(f) for f in fields[2:12]]
-            mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
-            rows.append(row._replace(name=image, path=_locate(folders, f"{image}.jpg"), label=mean, key=image))
-        else:
-            rows.append(
-                row._replace(bad="is not 15 whole numbers (index, image id, ten vote counts, two tags, challenge)")
-            )
-    gone = {
-        row.where: f"the download lacks the photograph: {row.path}"
-        for row in rows
-        if row.name and not row.path.is_file()
-    }
-    few = len(gone) <= MISSING * len(rows)  # if not: whatever is wrong, the first one is named
-    yield from (row._replace(skip=gone.get(row.where, "")) if few else row for row in rows)
+        where, fields = f"{file} line {number}", line.split()
+        if not re.fullmatch("([0-9]{1,15} ){14}[0-9]{1,15}", " ".join(fields)):
+            what = "index, image id, ten vote counts, two tags, challenge"
+            rows.append(Row(where, bad=f"is not 15 whole numbers ({what})"))
+            continue
+        image, votes = fields[1], [int(f) for f in fields[2:12]]
+        mean = sum(score * count for score, count in enumerate(votes, start=1)) / sum(votes) if any(votes) else None
+        path = _locate(folders, f"{image}.jpg")
+        lacking = "" if path.is_file() else f"the download lacks the photograph: {path}"
+        rows.append(Row(where, image, path, mean, image, skip=lacking))
+    few = sum(bool(row.skip) for row in rows) <= MISSING * len(
+        rows
+    )  # if not: whatever is wrong, the first one is named
+    yield from rows if few else (row._replace(skip="") for row in rows)
 
 
 def _table(root: Path, ending: str) -> Path:

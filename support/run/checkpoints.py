@@ -137,7 +137,7 @@ class Checkpoints:
     Written beside under another name and renamed when complete, with a checksum of every file: a crash while writing
     costs nothing, and damage is noticed on reading. With the weights goes a copy of what the run has written so far: a
     resumed run goes on from that copy, whatever has happened to the file. There is no random state in one: see
-    `seed_of` in train.py.
+    `seed_of` in support/learner/stage.py.
     """
 
     def __init__(self, folder: Path, world: World):

@@ -50,10 +50,7 @@ def read_run(folder: Path) -> list[dict]:
     ("validation": number of images -> metrics) where there are any. Raises CurvesError."""
     lines = lambda file: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     try:
-        steps = {
-            (step["stage"], step["step"]): step | {"images": int(step["images"])}
-            for step in lines(folder / "metrics.jsonl")
-        }
+        steps = {(step["stage"], step["step"]): step for step in lines(folder / "metrics.jsonl") if int(step["images"])}
         for name, part in (("timing", None), ("validation", "images")):
             for line in lines(folder / f"{name}.jsonl") if (folder / f"{name}.jsonl").exists() else ():
                 steps[line["stage"], line["step"]][name] = line[part] if part else line
