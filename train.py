@@ -300,7 +300,7 @@ def run(s: Settings, stop: Stop) -> Results:
         start = folder.find_start(s, checkpoints, HERE / "tiny" if s.model == "tiny" else s.model)
         if world.main:
             check_policy(start.model)
-        train_items, test_items, val_items = load_items(s, world, folder.path)
+        train_items, test_items, val_items = load_items(s, folder.path)
         if world.main:
             print(f"loading {start.model}", file=sys.stderr)
         policy = load_start(start.model, s, world.device, read=world.main)

@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -175,13 +174,13 @@ def begun(tmp_path):
     (root / "labels.csv").write_text("path,label\n" + "".join(f"{i}.png,{i % 8}\n" for i in range(24)))
     run.mkdir()
     s = Settings(data="csv", data_root=str(root), images=(1,), columns=None)
-    splits = load_items(s, SimpleNamespace(main=True), run)
+    splits = load_items(s, run)
     begin(run, "csv", splits, task_overrides(s), None, False)
     return run, root, s, splits
 
 
 def go_on(run, s, **settings):
-    return load_items(replace(s, stage=2, **settings), SimpleNamespace(main=True), run)
+    return load_items(replace(s, stage=2, **settings), run)
 
 
 def test_what_a_run_began_with_is_what_it_goes_on_with(begun, capsys):
@@ -194,7 +193,7 @@ def test_what_a_run_began_with_is_what_it_goes_on_with(begun, capsys):
     (root / "test.txt").write_text(splits[0][0].name)
     (root / "val.txt").write_text(splits[0][1].name)
     for settings in ({}, {"stage": None, "resume": True}):
-        again = load_items(replace(s, **{"stage": 2} | settings), SimpleNamespace(main=True), run)
+        again = load_items(replace(s, **{"stage": 2} | settings), run)
         assert facts(again) == facts(splits) and again[0][0].task.delta == 1.75
         assert "csv: 1 images were added since" in capsys.readouterr().err
     # What the user says now wins, and is saved as said.
@@ -203,7 +202,7 @@ def test_what_a_run_began_with_is_what_it_goes_on_with(begun, capsys):
     begin(run, "csv", again, task_overrides(replace(s, delta=3.0)), None, False)
     assert load_task(run).overrides == {"delta": 3.0} and go_on(run, s)[0][0].task.delta == 3
     # A run that begins derives all of it.
-    assert load_items(s, SimpleNamespace(main=True), run)[0][0].task.delta == 25
+    assert load_items(s, run)[0][0].task.delta == 25
 
 
 @pytest.mark.parametrize(

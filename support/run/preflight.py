@@ -1,7 +1,6 @@
 """What is checked before a run starts: that images can be read, and that the reward understands the reference answers."""
 
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import rarl
 from support.datasets.balance import task_weights
 from support.datasets.image_files import refuse_unreadable
 from support.datasets.saved_task import GIVEN, as_begun, load_task, overrides_for
-from support.datasets.splits import load_splits
+from support.datasets.splits import load_splits, say
 from support.learner.stage import RewardWeights, Stage, seed_of
-from support.learner.world import World
 from support.run.settings import SettingError, Settings
 
 
@@ -23,7 +21,7 @@ def task_overrides(s: Settings) -> dict[str, Any]:
     return {name: getattr(s, name) for name in GIVEN}
 
 
-def load_items(s: Settings, world: World, run: Path) -> list[list[data.Item]]:
+def load_items(s: Settings, run: Path) -> list[list[data.Item]]:
     """The items of train, test and, if there is validation, val. A data set may do without the last.
 
     A later stage or a resumed run takes those that the run began with, from its folder `run`.
@@ -33,16 +31,15 @@ def load_items(s: Settings, world: World, run: Path) -> list[list[data.Item]]:
     Every image is decoded once beforehand where they are few enough for that to take a minute at most. Of larger data
     sets, an unreadable image stops the run when its turn comes, with a checkpoint behind it; or use --skip-bad.
     """
-    if world.main:
-        print(f"reading {s.data}", file=sys.stderr)
+    say(f"reading {s.data}")
     wanted = ("train", "test", "val") if s.validate_every else ("train", "test")
     goes_on, given = s.resume or s.stage == 2, task_overrides(s)
     overrides = overrides_for(load_task(run), s.data, given) if goes_on else given
     splits = load_splits(s.data, s.data_root, wanted, overrides, s.skip_bad, may_be_empty=("val",))
     splits += [[]] * (3 - len(wanted))
     splits = as_begun(run, s.data, splits, given) if goes_on else splits
-    if world.main and s.validate_every and not splits[2]:
-        print(f"the val split of {s.data} is empty: no validation, a stage ends with its last policy", file=sys.stderr)
+    if s.validate_every and not splits[2]:
+        say(f"the val split of {s.data} is empty: no validation, a stage ends with its last policy")
     for items in splits[:2]:
         for n in {1, *s.images}:
             data.make_pools(items, n)
