@@ -257,30 +257,23 @@ def test_rmo_rescues_a_dead_start_in_trl(trl_blocks, dead_start):
     assert moved and earned[0] == 0.25 and min(earned[-3:]) > 0.8
 
 
-def test_rmo_replaces_one_row_in_all_that_the_loss_sees(trl_blocks, monkeypatch):
+def test_rmo_replaces_one_row_in_all_that_the_loss_sees(trl_blocks, policy, monkeypatch):
     """Of two groups the first earns nothing; the second has a good answer and stays."""
     make_trainer, rmo_trl = trl_blocks("train_trl").make_trainer, trl_blocks("rmo_trl")
     rmo_trl.RMOTrainer.probability = 1.0
     trainer = make_trainer(rmo_trl.RMOTrainer, num_generations=3, per_device_train_batch_size=6, **QUICK)
     rows = [trainer.train_dataset[i] for i in (0, 0, 0, 1, 1, 1)]
-    written = ["No.", "No.", "No.", rows[3]["solution"], "No.", "No."]
-    ids = [
-        x.tolist()
-        for x in rarl.encode(
-            rarl.Policy(trainer.model, trainer._tokenizer, trainer.processing_class.image_processor), written
-        )
-    ]
+    written = ["No.", "No.", "No.", "No.", rows[4]["solution"], "No."]
+    ids = [x.tolist() for x in rarl.encode(policy, written)]
     monkeypatch.setattr(trl_blocks("trl").GRPOTrainer, "_generate_single_turn", lambda *args, **kwargs: ([*ids], None))
     trainer.model.train()
     batch = trainer._generate_and_score_completions(rows)
-    kept = [
-        row[mask.bool()].tolist() for row, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-    ]
-    replaced = [i for i in range(6) if kept[i] != ids[i]]
-    (row,) = replaced
+    real = batch["completion_mask"].bool()
+    kept = [row[keep].tolist() for row, keep in zip(batch["completion_ids"], real, strict=True)]
+    (row,) = (i for i in range(6) if kept[i] != ids[i])
     assert row < 3 and trainer._tokenizer.decode(kept[row][:-1]) == rows[0]["solution"]
     # Rewards 0, 0, 3 in both groups: the sample's std is sqrt(3), so 2 / sqrt(3) for the good one, -1 / sqrt(3) for the others.
-    expected = [2 / 3**0.5 if i in (row, 3) else -1 / 3**0.5 for i in range(6)]
+    expected = [2 / 3**0.5 if i in (row, 4) else -1 / 3**0.5 for i in range(6)]
     assert batch["advantages"].tolist() == pytest.approx(expected, abs=1e-3)
     assert list(trainer._logs["completion"])[row][0]["content"] == rows[0]["solution"]
     trainer.model.eval()  # an evaluation shows what the policy says
@@ -370,10 +363,25 @@ def test_a_dataset_of_trls_form_becomes_one_of_ours(trl_blocks):
     rows = trl_blocks("train_trl").make_trainer(**QUICK).train_dataset
     rows.save_to_disk("theirs")
     trl_blocks("from_trl")
-    items = [item for some in read_dataset("csv", "ours", None, False)[0].values() for item in some]
+    items = [item for some in read_dataset("csv", "ours")[0].values() for item in some]
     key = lambda image, label: (label, image.tobytes())
     expected = {key(image, y) for row in rows for image, y in zip(row["images"], row["labels"], strict=True)}
     assert {key(item.image(), item.label) for item in items} == expected and len(items) == len(expected) == 8
+
+
+def test_single_images_go_through_parquet(fresh):
+    """The page's one line: columns `image` and `solution`."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    items = load_dataset("dots")[:8]
+    columns = {"image": [item.image() for item in items], "solution": [item.label for item in items]}
+    (fresh / "ours").mkdir()
+    datasets.Dataset.from_dict(columns).to_parquet("ours/train.parquet")
+    assert (
+        '`table.to_parquet("ours/train.parquet")`, then `--data parquet --columns image=image,label=solution`' in PAGE
+    )
+    read, _ = read_dataset("parquet", "ours", {"columns": "image=image,label=solution"})
+    found = [(item.label, item.image().tobytes()) for some in read.values() for item in some]
+    assert sorted(found) == sorted((item.label, item.image().tobytes()) for item in items)
 
 
 def test_ask(fresh, capsys):
