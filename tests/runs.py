@@ -58,7 +58,9 @@ def copies_when_logged(*places):
 
 # --- processes of their own ------------------------------------------------------------------------------------------
 
-forks = multiprocessing.get_context("forkserver")  # one process imports everything once; others are forked from it
+# One process imports everything once, and others are forked from it. Windows has no fork: there each imports for itself.
+method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+forks = multiprocessing.get_context(method)
 forks.set_forkserver_preload(["runs"])
 
 

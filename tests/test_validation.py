@@ -53,12 +53,12 @@ def test_what_is_measured(policy):
 
 
 def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
-    """Exact lists of 2, and for 4 images every value 2 off with delta 4: R_reg 0.75 of 1, so 2.75 / 3."""
+    """Exact lists of 2, and for 4 images every value 1 off with delta 2: R_reg 0.75 of 1, so 2.75 / 3."""
     prompts = validation_prompts(load_dataset("dots", split="val"), (2, 4), 3)
     stage = Stage(2, 1, None, RewardWeights(1, 1, 1), 10, prompts)
 
     def truth(policy, samples, *rest):
-        off = 2 if len(samples[0].items) == 4 else 0
+        off = 1 if len(samples[0].items) == 4 else 0
         pairs = [sorted((item.label + off, i) for i, item in enumerate(s.items, 1)) for s in samples]
         return [
             train.evaluation.judge(s, data.format_answer((i, str(v)) for v, i in p))
@@ -68,7 +68,7 @@ def test_the_share_is_a_mean_over_numbers_of_images(policy, monkeypatch):
     monkeypatch.setattr(train.evaluation, "ask", truth)
     learner = train.Learner(policy, train.start_world("cpu"), train.Settings())
     shares, rows = train.validate(learner, stage)
-    assert rows[2]["reward"] == 1 and rows[4]["reward"] == pytest.approx(2.75 / 3) and rows[4]["mae"] == 2
+    assert rows[2]["reward"] == 1 and rows[4]["reward"] == pytest.approx(2.75 / 3) and rows[4]["mae"] == 1
     assert shares == pytest.approx([1] * 3 + [2.75 / 3] * 3)
 
 
