@@ -33,12 +33,20 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+try:
+    from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig
+    from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ImportError as error:
+    from transformers import __version__ as found
+
+    raise ImportError(
+        f"transformers {found} is not a version for rarl.py ({error}): install that of requirements.txt"
+    ) from None
 
 # cuDNN's attention may give NaN gradients under a mask (torch 2.11 to 2.13, pytorch issue 196678, found with Qwen2.5),
 # and it plans every new shape anew. Flash and memory-efficient attention have neither fault.
