@@ -2,15 +2,18 @@
 
     python -m experiments.bench                                    # tiny/, this machine: the table of experiments/README.md
     python -m experiments.bench --sweep group --out runs           # how cost grows with G: table and runs/bench_group.png
-    python -m experiments.bench --shape 3b --micro 1 --checkpoint  # Qwen2.5-VL-3B's size, random weights, no download
+    python -m experiments.bench --device cuda                      # Qwen2.5-VL-3B's size, the presets' images; no download
 
 What is measured, ours and the usual way in turn, so that whatever else the machine does meets both; times as the median of
 `--repeats` runs after a warm-up, memory once:
 
-  rollout  sample G answers of T tokens to each of B prompts                   rarl.generate   against  model.generate
-  update   log-probs with gradient, GRPO loss, backward                        rarl.logprobs   against  [prompt | answer] x N
-  step     rollout, reference log-probs (beta > 0), update, gradient norm, AdamW
-  memory   the most that one update allocates above weights and gradients
+  rollout    sample G answers of T tokens to each of B prompts                 rarl.generate   against  model.generate
+  reference  log-probs without gradient, from the weights that sample          rarl.logprobs   against  [prompt | answer] x N
+  update     log-probs with gradient, GRPO loss, backward                      the same
+  step       rollout, reference (beta > 0), update, gradient norm, AdamW
+  memory     the most that one update allocates above weights and gradients; on a GPU beside each of the others too
+
+On a GPU the defaults are `ON_A_GPU`: a step of the presets, as far as it needs no optimizer, whose state would not fit beside both ways.
 
 **The usual way** is what TRL 1.16 and its like do with transformers; usual_way.py has it. job.py runs both ways, costs.py
 measures them.
@@ -24,7 +27,7 @@ What would be unfair, and what is done about it:
      weights under autocast to it.
   4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared. Beyond the tolerance the exit
      status is 1. The tolerance is that of the format: 5e-5 in float32, where each of the two ways is about 1e-5 away from
-     float64 on tiny's random answers with G = 16.
+     float64 on tiny's random answers with G = 16; 0.3 in bfloat16, where gradients of either are 0.1 away from float32.
   5. Memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU resident memory keeps what was freed,
      so the profiler's log of every allocation and release is added up. That is the same quantity.
   6. A machine that others use. The spread is printed, and the ratio of the best runs beside that of the medians.
@@ -32,8 +35,8 @@ What would be unfair, and what is done about it:
   8. Gains that have nothing to do with sharing. Ours also embeds patches by a matrix product, and calls attention once for
      all equal windows of the vision tower. --group 1, where nothing can be shared, shows what these alone give.
 
-"of peak": FLOPs that the update must do over time over those of a large matmul, measured here. Forward and backward are 3
-times the forward; a linear layer costs 2 x weights x tokens (prompt tokens once per group, answer tokens, patches), attention
+"of peak": FLOPs that must be done over time over those of a large matmul, measured here. Rollout and reference are a forward pass,
+an update is 3 of them; a linear layer costs 2 x weights x tokens (prompt tokens once per group, answer tokens, patches), attention
 4 x width x the pairs (query, key) that may see each other. The usual way is charged with the same useful work.
 "of bandwidth" (GPU): bytes that decoding must read, the language model's weights once per token step, the keys and values of
 each prompt once and of the answers so far, over time over the rate of a large copy.
@@ -58,13 +61,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import rarl
 from experiments import make_tiny
 from experiments.commands import CommandError, check_writable, run_command
-from experiments.costs import bandwidth, decode_bytes, matmul_peak, peak_bytes, seconds, update_flops
+from experiments.costs import bandwidth, decode_bytes, forward_flops, matmul_peak, peak_bytes, seconds
 from experiments.job import WAYS, Job, compare_ways, noise_prompts
 from support.show.results import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("rollout", "update", "step", "memory")
-TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 0.1}  # log-probs (relative beyond 1), gradients relative (norms)
+PARTS = ("rollout", "reference", "update", "step", "memory")
+METHODS = {"reference": "score"}  # of a Job, where they are not named like the part
+FORWARDS = {"rollout": 1, "reference": 1, "update": 3}  # how many forward passes a part costs
+ON_A_GPU = dict(
+    shape="3b", parts=list(PARTS[:3]), images=8, pixels=448, tokens=128, micro=1, checkpoint=True, repeats=3
+)
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 0.3}  # log-probs (relative beyond 1), gradients relative (norms)
 SHAPES = {  # config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct
     "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
                num_key_value_heads=2, vocab_size=151936),
@@ -122,6 +130,8 @@ def make_job(policies: tuple, optimizer: torch.optim.Optimizer, args: argparse.N
     valid = (~policy.banned.cpu()).nonzero().flatten()
     ids = valid[torch.randint(len(valid), (args.prompts * args.group, args.tokens), generator=rng)].to(policy.device)
     advantages = torch.randn(len(ids), generator=rng).to(policy.device)
+    for prompt in prompts:
+        prompt.pixels = prompt.pixels.to(policy.device)
     micro = args.micro or args.prompts
     return Job(policy, rollout_policy, reference, optimizer, prompts, ids, advantages, micro, dtype)
 
@@ -131,11 +141,13 @@ def make_job(policies: tuple, optimizer: torch.optim.Optimizer, args: argparse.N
 
 
 def take_turns(job: Job, parts: Sequence[str], repeats: int) -> dict[str, Any]:
-    """{part: {way: {median, min, max}, ratio, ratio_of_best}}; seconds, for memory bytes."""
+    """{part: {way: {median, min, max}, ratio, ratio_of_best}}; seconds, for memory bytes. On a GPU with each part's "peak"."""
     device = job.policy.device
     results: dict[str, dict] = {}
     for part in parts:
-        run, repeat = (job.update, 1) if part == "memory" else (getattr(job, part), 1 + repeats)  # 1 is the warm-up
+        run, repeat = (
+            (job.update, 1) if part == "memory" else (getattr(job, METHODS.get(part, part)), 1 + repeats)
+        )  # 1 is the warm-up
         take: Callable[..., float] = peak_bytes if part == "memory" else seconds
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(repeat):
@@ -146,6 +158,10 @@ def take_turns(job: Job, parts: Sequence[str], repeats: int) -> dict[str, Any]:
         results[part] = {way: {"median": statistics.median(x), "min": min(x), "max": max(x)} for way, x in of.items()}
         usual, ours = results[part]["usual"], results[part]["ours"]
         results[part] |= {"ratio": usual["median"] / ours["median"], "ratio_of_best": usual["min"] / ours["min"]}
+        if device.type == "cuda" and part != "memory":
+            for way in WAYS:
+                job.use(way)
+                results[part][way]["peak"] = peak_bytes(partial(run, way), device) / 1e9
     return results
 
 
@@ -158,8 +174,8 @@ def add_shares(job: Job, results: dict[str, Any], machine: dict[str, Any]) -> No
                 r["total"] = r["median"] + 8 * sum(p.numel() for p in job.policy.parameters())
             else:
                 r["tokens_per_second"] = job.ids.numel() / r["median"]
-            if part == "update":
-                r["of_peak"] = update_flops(job) / r["median"] / machine["flops"]
+            if part in FORWARDS:
+                r["of_peak"] = FORWARDS[part] * forward_flops(job) / r["median"] / machine["flops"]
             if part == "rollout" and "bandwidth" in machine:
                 r["of_bandwidth"] = decode_bytes(job) / r["median"] / machine["bandwidth"]
 
@@ -170,6 +186,7 @@ def bench_table(results: dict[str, Any]) -> str:
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "of_peak": ("of peak", "{:.1%}"),
         "of_bandwidth": ("of bandwidth", "{:.1%}"),
+        "peak": ("peak GB", "{:.2f}"),
     }
     shown = {k: v for k, v in notes.items() if any(k in r["ours"] for r in results.values())}
     rows = [["", "ours", "usual", "ratio", "of best", *(title for title, _ in shown.values())]]
@@ -241,7 +258,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
     add("--seed", type=int, default=0, help="of images, texts, answers")
-    args = parser.parse_args(argv)
+    asked = parser.parse_known_args(argv)[0]
+    if asked.device != "cpu" and torch.cuda.is_available():
+        parser.set_defaults(**ON_A_GPU)
+        args = parser.parse_args(argv)
+        args.shape = args.shape if asked.model == "tiny" else asked.shape
+    else:
+        args = parser.parse_args(argv)
     check(args)
     return args
 

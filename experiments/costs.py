@@ -65,8 +65,8 @@ def linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d))
 
 
-def update_flops(job: Job) -> float:
-    """FLOPs of forward and backward that no implementation can avoid. bench.py's docstring has the formula."""
+def forward_flops(job: Job) -> float:
+    """FLOPs of a forward pass that no implementation can avoid. bench.py's docstring has the formula."""
     model, config = job.policy.model, job.policy.model.config
     text, vision = config.text_config, config.vision_config
     N, T = job.ids.shape
@@ -84,7 +84,7 @@ def update_flops(job: Job) -> float:
     local = sum((a * b) ** 2 for a in cuts for b in cuts)  # pairs of one image within its windows
     full = len(vision.fullatt_block_indexes)
     forward += 4 * vision.hidden_size * images * (full * patches**2 + (vision.depth - full) * local)
-    return 3 * forward
+    return forward
 
 
 def decode_bytes(job: Job) -> float:

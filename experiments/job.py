@@ -62,6 +62,15 @@ class Job:
         self.policy.eval()
         return logps
 
+    @torch.no_grad()
+    def score(self, way: str) -> None:
+        """Log-probs of the reference, without gradient."""
+        logprobs = rarl.logprobs if way == "ours" else usual_logprobs
+        for b in range(0, len(self.prompts), self.micro):
+            ids = self.ids[b * self.G : (b + self.micro) * self.G]
+            prompts, mask = self.prompts[b : b + self.micro], torch.ones_like(ids, dtype=torch.bool)
+            logprobs(self.reference or self.rollout_policy, prompts, ids, mask)
+
     def step(self, way: str) -> None:
         if self.rollout_policy is not self.policy:
             with torch.no_grad():

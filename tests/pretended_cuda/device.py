@@ -89,7 +89,10 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor and kwargs.get("device") is not None:
-            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
+            values = (
+                [x.item() if isinstance(x, Tensor) else x for x in args[0]] if isinstance(args[0], list) else args[0]
+            )
+            return torch.tensor(values, *args[1:], **kwargs | {"device": "cpu"}).to(kwargs["device"])
         if function is F.scaled_dot_product_attention and isinstance(args[0], Pretended):
             return sdpa(*args, **kwargs)
         return function(*args, **kwargs)
@@ -110,17 +113,16 @@ def pretended_cuda() -> Iterator[None]:
             "set_sync_debug_mode",
             lambda mode: waiting_is_an_error.__setitem__(slice(None), [True] * (mode == "error")),
         )
-        for name in ("_lazy_init", "synchronize", "set_device", "empty_cache"):
-            patch.setattr(cuda, name, lambda *args: None)
-        patch.setattr(cuda, "is_available", lambda: True)
         stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda other: None)
-        patch.setattr(cuda, "current_stream", lambda device=None: stream)
-        patch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
-        patch.setattr(cuda, "device_count", lambda: 1)
-        patch.setattr(cuda, "mem_get_info", lambda device: (24 * 10**9,) * 2)
-        patch.setattr(cuda, "max_memory_allocated", lambda device: 0)  # nobody counts
-        patch.setattr(cuda, "current_device", lambda: 0)
-        patch.setattr(cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        card = SimpleNamespace(name="a pretended GPU", major=8, minor=0, total_memory=24 * 10**9)
+        answers = {
+            "is_available": True, "device_count": 1, "current_device": 0, "current_stream": stream, "stream": contextlib.nullcontext(),
+            "get_device_properties": card, "mem_get_info": (card.total_memory,) * 2,
+            "memory_allocated": 0, "max_memory_allocated": 0,  # nobody counts
+            "_lazy_init": None, "synchronize": None, "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None,
+        }  # fmt: skip
+        for name, answer in answers.items():
+            patch.setattr(cuda, name, lambda *args, answer=answer: answer)
         patch.setattr(cuda.amp.common, "amp_definitely_not_available", lambda: False)
         yield
 
@@ -197,7 +199,7 @@ def demand(condition: bool, what: str) -> None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | float) -> tuple[Tensor, Tensor]:
     """(heads, T, D), (heads, S, D) x 2 -> output; weights (heads, T, S). In float32, as the kernels accumulate."""
-    weights = (scale * q.float() @ k.float().mT + bias).softmax(-1)
+    weights = torch._safe_softmax(scale * q.float() @ k.float().mT + bias, -1)  # 0 where nothing may be seen
     return weights @ v.float(), weights
 
 
@@ -278,8 +280,11 @@ def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     bias: Any = 0.0
     if attn_mask is not None:
         demand(R == 1, "a mask where heads share keys: that is plain maths, a kernel for each step")
-        demand(attn_mask.dtype == query.dtype, f"a mask of {attn_mask.dtype} for {query.dtype}: it would be copied")
-        demand(all(n % 8 == 0 for n in attn_mask.stride()[:-1]), "a mask whose rows do not begin at multiples of 8")
+        if attn_mask.dtype == torch.bool:  # it becomes a bias, with padded rows
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+        else:
+            demand(attn_mask.dtype == query.dtype, f"a mask of {attn_mask.dtype} for {query.dtype}")
+            demand(all(n % 8 == 0 for n in attn_mask.stride()[:-1]), "a mask whose rows do not begin at multiples of 8")
         bias = attn_mask.float()
     elif is_causal:
         bias = causal(query.shape[2], key.shape[2], True).to("cuda")
