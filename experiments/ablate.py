@@ -93,7 +93,7 @@ def labelled(name: str) -> list[str]:
     return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *drawn_labels.AS_DOTS]
 
 
-SHORT = ["--steps1", "0", "--steps2", "40", "--images", "1", "2"]
+SHORT = ["--steps1", "0", "--steps2", "30", "--images", "1", "2", "--batch-size", "8", "--eval-samples", "50"]
 EVERY_GROUP = ["--rmo-probability", "1", "--rmo-spread", "1", "--rmo-poor", "1"]
 
 
