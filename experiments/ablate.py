@@ -7,7 +7,8 @@
 and questions that the summaries of the paper ask or leave open:
 
     python -m experiments.ablate rmo_unseen      # RMO and its rivals on a question that the base has never seen
-    python -m experiments.ablate rmo_default     # the same where groups differ by themselves
+    python -m experiments.ablate rmo_default     # RMO on and off where groups differ by themselves
+    python -m experiments.ablate rivals          # OraRL and RMO's variants; rivals_unseen, rivals_exact
     python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
     python -m experiments.ablate rmo_source      # good answers: the truth, earlier values
     python -m experiments.ablate rank            # R_rank of the listed order, of the values' order, of both
@@ -93,15 +94,26 @@ def labelled(name: str) -> list[str]:
     return ["--data", "csv", "--data-root", f"runs/{name}", "--no-balance", *drawn_labels.AS_DOTS]
 
 
-SHORT = ["--steps1", "0", "--steps2", "30", "--images", "1", "2", "--batch-size", "8", "--eval-samples", "50"]
-EVERY_GROUP = ["--rmo-probability", "1", "--rmo-spread", "1", "--rmo-poor", "1"]
-
-
-def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
+def rmo_and_others(start: list[str]) -> dict[str, list[str] | Variant]:
     """What helps where the answers of a group are all alike; see rivals.py.
 
     All have the same steps. Dynamic sampling asks for up to three times as many answers in one (`redrawn` says how many).
     """
+    return {
+        "RMO": start,
+        "nothing": [*start, *NO_RMO],
+        "dynamic sampling": Variant([*start, *NO_RMO], "dynamic-sampling"),
+        "NGRPO": Variant([*start, *NO_RMO], "ngrpo"),
+    }
+
+
+# Seconds on one core: is a good answer outside the mean that the others are compared with better than RMO's inside it?
+SHORT = ["--steps1", "0", "--steps2", "30", "--images", "1", "2", "--batch-size", "8", "--eval-samples", "50"]
+EVERY_GROUP = ["--rmo-probability", "1", "--rmo-spread", "1", "--rmo-poor", "1"]
+
+
+def good_answers(start: list[str]) -> dict[str, list[str] | Variant]:
+    """Ways to put a good answer into a group; see rivals.py."""
     start = [*SHORT, *start]
     return {
         "nothing": [*start, *NO_RMO],
@@ -110,8 +122,7 @@ def rmo_and_rivals(start: list[str]) -> dict[str, list[str] | Variant]:
         "RMO in every group": [*start, *EVERY_GROUP],
         "every group, outside": Variant([*start, *EVERY_GROUP], "outside"),
         "OraRL": Variant([*start, *NO_RMO], "orarl"),
-        "dynamic sampling": Variant([*start, *NO_RMO], "dynamic-sampling"),
-        "NGRPO": Variant([*start, *NO_RMO], "ngrpo"),
+        "OraRL, half": Variant([*start, *NO_RMO], "orarl-half"),
     }
 
 
@@ -122,15 +133,12 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
         "ranking only": [*EIGHT, "--w-reg", "0"],
         "imitation": Variant([*EIGHT, "--beta", "0"], "imitation"),
     },
-    "rmo": rmo_and_rivals(TIGHT),
-    "rmo_unseen": rmo_and_rivals(UNSEEN),
-    "rmo_default": {
-        "nothing": [*SHORT, *NO_RMO],
-        "RMO": SHORT,
-        "every group, outside": Variant([*SHORT, *EVERY_GROUP], "outside"),
-        "OraRL": Variant([*SHORT, *NO_RMO], "orarl"),
-        "OraRL, half": Variant([*SHORT, *NO_RMO], "orarl-half"),
-    },
+    "rmo": rmo_and_others(TIGHT),
+    "rmo_unseen": rmo_and_others(UNSEEN),
+    "rmo_default": {"RMO": [], "nothing": NO_RMO},
+    "rivals": good_answers([]),
+    "rivals_unseen": good_answers(UNSEEN),
+    "rivals_exact": good_answers(TIGHT),
     "rmo_k": {f"k = {k}": ["--delta", "1", "--rmo-k", str(k)] for k in (0, 1, 2, 4)},
     "rmo_source": {
         "truth": TIGHT,

@@ -300,7 +300,7 @@ def test_drawings_with_other_labels_are_made_before_the_first_run(here, monkeypa
         (["all", "--", "--data-root", "x"], "about drawings"),
         (["rmo", "--", "--preset", "utkface"], "--model"),
         (["rmo", "--", "--delta", "nan"], "--delta"),
-        (["rmo", "--only", "RMO", "nothing at all"], "'nothing at all' is no row: nothing, RMO,"),
+        (["rmo", "--only", "RMO", "nothing at all"], "'nothing at all' is no row: RMO, nothing,"),
         (["faces"], "faces needs UTKFace's aligned faces: add -- --data-root DIR"),
     ],
 )
