@@ -44,9 +44,7 @@ try:
 except ImportError as error:
     from transformers import __version__ as found
 
-    raise ImportError(
-        f"transformers {found} is not a version for rarl.py ({error}): install that of requirements.txt"
-    ) from None
+    raise ImportError(f"transformers {found} is not a version for rarl.py ({error}): see requirements.txt") from None
 
 # cuDNN's attention may give NaN gradients under a mask (torch 2.11 to 2.13, pytorch issue 196678, found with Qwen2.5),
 # and it plans every new shape anew. Flash and memory-efficient attention have neither fault.
@@ -61,9 +59,7 @@ class Prompt(Protocol):
     """What a prompt has to have. data.Prompt is one."""
 
     ids: Tensor  # (P,) int64, every image as a run of <|image_pad|>
-    pixels: (
-        Tensor  # patches of all its images: (S, 588) uint8, or (S, 1176) float as transformers' processor gives them
-    )
+    pixels: Tensor  # patches of all images: (S, 588) uint8, or (S, 1176) float as transformers' processor gives them
     grid: Tensor  # (n, 3) int64, (1, rows, columns) of patches of each image
     features: Tensor | None  # (image tokens, C), the vision tower's output if it is known already: `encode_images`
 
@@ -203,10 +199,8 @@ def load_policy(
             _check_weights(model, keys)
         policy = Policy(model.eval(), tokenizer, processor)
     except Exception as error:  # tokenizers raises plain Exceptions; damaged JSON makes transformers raise anything
-        reason = (
-            textwrap.shorten(" ".join(str(error).split()).split(". ")[0], 300, placeholder=" ...")
-            or type(error).__name__
-        )
+        said = " ".join(str(error).split()).split(". ")[0]
+        reason = textwrap.shorten(said, 300, placeholder=" ...") or type(error).__name__
         if not os.path.isdir(path) and isinstance(error, OSError):
             way_out = "check the name, the connection and HF_HUB_OFFLINE, or give a folder that holds the model"
         raise ModelError(f"model {path}: cannot {what} ({reason}): {way_out}") from None
@@ -258,10 +252,7 @@ def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] 
 
 
 def cast_copy(
-    policy: Policy,
-    dtype: torch.dtype,
-    kind: type[nn.Module] = nn.Module,
-    device: torch.device | None = None,
+    policy: Policy, dtype: torch.dtype, kind: type[nn.Module] = nn.Module, device: torch.device | None = None
 ) -> Policy:
     """A frozen copy whose weights have `dtype`. Buffers keep theirs: rotary frequencies in bf16 would move positions.
 
@@ -298,9 +289,8 @@ def decode(policy: Policy, ids: Tensor, mask: Tensor) -> list[str]:
 
 def encode(policy: Policy, texts: list[str]) -> list[Tensor]:
     """Texts -> token ids, each closed by EOS: an answer as the policy itself would have to write it."""
-    return [
-        torch.tensor(ids + [policy.eos_id]) for ids in policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ]
+    rows = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [torch.tensor([*ids, policy.eos_id]) for ids in rows]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -376,9 +366,9 @@ def answer_positions(inputs: PromptInputs, length: int) -> Tensor:
 
 
 class Float32Product(torch.autograd.Function):
-    """(M, C) hidden @ (V, C) weight^T as float32, of bf16 factors: the product is summed in float32, and stays so.
+    """(M, C) hidden, (V, C) weight, both bf16 -> (M, V) float32, as the product is summed. bf16 counts in 0.125 from 16 on.
 
-    A bf16 logit of 20 would be rounded to a multiple of 0.125. torch has this product on a GPU alone, without a gradient.
+    torch has this product on a GPU alone, and without a gradient.
     """
 
     @staticmethod
@@ -398,8 +388,8 @@ def sampling_logits(policy: Policy, hidden: Tensor, temperature: float) -> Tenso
     head = policy.model.lm_head
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else head.weight.dtype
     if hidden.is_cuda and half != torch.float32:
-        logits = Float32Product.apply(hidden.flatten(0, -2).to(half), head.weight.to(half))
-        logits = logits.view(*hidden.shape[:-1], -1)
+        rows = Float32Product.apply(hidden.flatten(0, -2).to(half), head.weight.to(half))
+        logits = rows.view(*hidden.shape[:-1], -1)
     else:
         logits = head(hidden).float()
     return (logits / temperature).masked_fill(policy.banned, -torch.inf)
