@@ -75,7 +75,5 @@ def test_another_version_is_named(monkeypatch):
     other = types.ModuleType("transformers")
     other.__version__ = "4.1"
     monkeypatch.setitem(sys.modules, "transformers", other)
-    with pytest.raises(
-        ImportError, match="transformers 4.1 is not a version for rarl.py .*: install that of requirements.txt"
-    ):
+    with pytest.raises(ImportError, match="transformers 4.1 is not a version for rarl.py .*: see requirements.txt"):
         runpy.run_path(rarl.__file__)
