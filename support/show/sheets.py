@@ -139,7 +139,9 @@ def draw_answers(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], 
             for k in block:
                 if left > MARGIN + NAME:  # between two prompts
                     sheet.draw.line((left - GAP // 2, sheet.y, left - GAP // 2, sheet.y + ROW + THUMB), fill=LINE)
-                bottom = max(bottom, _draw_answer(sheet, left, samples[k], predictions[k]))
+                # The last of a line has the rest of it: what a base says in prose is longer than an image is wide.
+                room = sheet.width - MARGIN - left if k == block[-1] else len(samples[k].items) * CELL - GAP
+                bottom = max(bottom, _draw_answer(sheet, left, room, samples[k], predictions[k]))
                 left += len(samples[k].items) * CELL
             sheet.y = bottom
             sheet.room(ROW)
@@ -147,15 +149,15 @@ def draw_answers(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], 
     sheet.save(path)
 
 
-def _draw_answer(sheet: Sheet, left: int, sample: Sample, prediction: dict) -> int:
-    """How well a prompt was answered, below it its images. -> y of its lower edge"""
+def _draw_answer(sheet: Sheet, left: int, room: int, sample: Sample, prediction: dict) -> int:
+    """How well a prompt was answered, in `room` pixels, below it its images. -> y of its lower edge"""
     task, values = sample.task, prediction["values"]
     about, colour = "not valid: " + (" ".join(prediction["text"].split()) or "(empty)"), RED
     if values is not None:
         errors = [abs(value - label) for value, label in zip(values, sample.labels, strict=True)]
         tau = "" if prediction["tau"] is None else f", tau {prediction['tau']:.2f}"
         about, colour = f"error {sum(errors) / len(errors):.3g}{tau}, {task.name}, delta {task.delta:g}", INK
-    write(sheet.draw, TEXT, (left, sheet.y), about, min(PER_LINE, len(sample.items)) * CELL - GAP, colour)
+    write(sheet.draw, TEXT, (left, sheet.y), about, room, colour)
     shown = []
     for image_id in prediction["order"] or range(1, len(sample.items) + 1):
         item = sample.items[image_id - 1]
