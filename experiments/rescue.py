@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 import data
 import rarl
@@ -191,6 +192,7 @@ def rescue(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    transformers.utils.logging.disable_progress_bar()  # of reading and saving weights
     run_command("experiments.rescue", lambda: rescue(argv))
 
 
