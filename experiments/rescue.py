@@ -97,7 +97,7 @@ BASES = {
     "smollm2": Base(
         "rescue-smollm2", smollm2.gguf_file, smollm2.build_policy,
         ["--lora-rank", "8", "--lora-targets", "language+vision", "--lr", "2e-3", "--warmup", "3", "--beta", "0",
-         "--batch-size", "4", "--group-size", "4", "--eval-samples", "40"], 12,
+         "--batch-size", "4", "--group-size", "4", "--eval-samples", "16"], 10,
     ),
 }  # fmt: skip
 
@@ -170,7 +170,7 @@ def rescue(argv: list[str] | None) -> None:
     """Raises CommandError, SettingError, OSError."""
     parser = parser_of("experiments.rescue", "Show that RMO teaches a format that no answer has.")
     parser.add_argument("--language-model", choices=BASES, default="tiny", help="what is to be rescued (default: tiny)")
-    parser.add_argument("--steps", type=at_least(1), help="of each run (default: 25; smollm2: 12)")
+    parser.add_argument("--steps", type=at_least(1), help="of each run (default: 25; smollm2: 10)")
     args = parser.parse_args(argv)
     base = BASES[args.language_model]
     common = [*SETTINGS, *base.settings, "--model", str(base.folder()), "--steps1", str(args.steps or base.steps)]
