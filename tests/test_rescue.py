@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import data
 import rarl
 from experiments import rescue, smollm2
 from experiments.commands import CommandError
-from experiments.runs import Outcome
 from support.datasets import load_dataset
 
 
@@ -78,7 +78,7 @@ def test_table_picture_and_answers(tmp_path, monkeypatch, capsys, model):
             {"format": x, "zero_spread": 1 - x, "regression": x / 2, "mutated": 0.125, "grad_norm": x / 2}
             for x in valid
         ]
-        return Outcome({}, {}, {}, {1: log})
+        return SimpleNamespace(steps={1: log})
 
     monkeypatch.setattr(rescue.Trainer, "train_all", train_all)
     monkeypatch.setattr(rescue, "read_run", read)
