@@ -159,10 +159,7 @@ def answers(base: Run, trained: dict[str, Run], few: int = 4) -> str:
     lines = []
     for i, before in enumerate(said["before"]):
         lines.append(f"{before['labels'][0]:g} in the image")
-        for policy, some in said.items():
-            lines.append(
-                f"  {policy:12} {textwrap.shorten(json.dumps(some[i]['text'])[1:-1], 110, placeholder=' ...')}"
-            )
+        lines += [f"  {name:12} {textwrap.shorten(some[i]['text'], 110)}" for name, some in said.items()]
     return "\n".join(lines)
 
 

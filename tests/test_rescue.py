@@ -93,6 +93,6 @@ def test_table_picture_and_answers(tmp_path, monkeypatch, capsys, model):
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "with RMO 0%, 0% 2, 2 100%, 100% 12.5%, 12.5% 0.5, 0.5" in lines
     assert "without RMO 0%, 0% never, never 0%, 0% 12.5%, 12.5% 0, 0" in lines
-    said = ["3 in the image", r"before a \"b\"\nc", "with RMO [1]", r"without RMO a \"b\"\nc"]
+    said = ["3 in the image", 'before a "b" c', "with RMO [1]", 'without RMO a "b" c']
     assert lines[4:8] == said and lines.count("3 in the image") == 4
     assert (tmp_path / f"runs/{name}.txt").exists() and (tmp_path / f"runs/{name}.png").exists()
