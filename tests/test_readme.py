@@ -53,6 +53,8 @@ class Command:
     def small(self):
         """The arguments, and behind them those that make it short."""
         small = shlex.split(SMALL.get(self.module, ""))
+        if "--" in self.arguments and "--" in small:  # what stands behind it goes to train.py already
+            small = small[small.index("--") + 1 :]
         if self.module == "experiments.bench" and "--values" in self.arguments:
             small += ["--values", "1", "--parts", "memory"]
         return [*self.arguments, *small]
