@@ -160,9 +160,9 @@ EXPERIMENTS: dict[str, dict[str, list[str] | Variant]] = {
     "delta_skewed": {f"delta {d}": [*labelled("dots-skewed"), "--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.1, 0.3, 1, 3, 10)},
     "rank": {
-        "of the list": SHORT,
-        "of the values": Variant(SHORT, "rank-values"),
-        "mean of both": Variant(SHORT, "rank-both"),
+        "of the list": [],
+        "of the values": Variant(rival="rank-values"),
+        "mean of both": Variant(rival="rank-both"),
     },
     "balance": {"labels as they are": labelled("dots-skewed"), "drawn evenly": [*labelled("dots-skewed"), "--balance"]},
     "ccc": {
