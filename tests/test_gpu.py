@@ -123,6 +123,18 @@ def test_nobody_waits_in_the_decode_loop(half, prompts):
     assert hidden.isfinite().all()
 
 
+def test_nobody_waits_between_layers(half, prompts, rollout):
+    scoring, set_mode = copy.deepcopy(half), torch.cuda.set_sync_debug_mode
+    for layers in (scoring.model.model.language_model.layers, scoring.model.model.visual.blocks):
+        layers[1].register_forward_pre_hook(lambda *args: set_mode("error"))  # bounds and places are made in the first
+        layers[-1].register_forward_hook(lambda *args: set_mode("default"))
+    try:
+        logp, _ = rarl.logprobs(scoring, prompts, rollout.ids, rollout.mask)
+    finally:
+        set_mode("default")
+    assert logp.isfinite().all()
+
+
 def test_logits_are_finer_than_bf16(half):
     hidden = torch.randn(64, half.model.config.text_config.hidden_size, device=GPU).bfloat16()
     logits = rarl.sampling_logits(half, 30 * hidden, 1.0)[:, ~half.banned]

@@ -32,9 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent.parent
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
 waits: Counter[str] = Counter()  # line of the project's code -> how often the host waited there
-
-
-waiting_is_an_error: list[bool] = []  # what torch.cuda.set_sync_debug_mode says, if it says anything
+sync_debug = {"mode": "default"}  # what torch.cuda.set_sync_debug_mode was told; "error": whoever waits is refused
 
 
 class Pretended(Tensor):
@@ -89,9 +87,8 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor and kwargs.get("device") is not None:
-            values = (
-                [x.item() if isinstance(x, Tensor) else x for x in args[0]] if isinstance(args[0], list) else args[0]
-            )
+            values = args[0]  # a list may hold numbers of the device
+            values = [x.item() if isinstance(x, Tensor) else x for x in values] if isinstance(values, list) else values
             return torch.tensor(values, *args[1:], **kwargs | {"device": "cpu"}).to(kwargs["device"])
         if function is F.scaled_dot_product_attention and isinstance(args[0], Pretended):
             return sdpa(*args, **kwargs)
@@ -102,17 +99,9 @@ class Functions(TorchFunctionMode):
 def pretended_cuda() -> Iterator[None]:
     """Within it this process has a CUDA device. hooks.load() has to come first, before torch is imported."""
     cuda: Any = torch.cuda
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        Functions(),
-        Operators(),
-        torch.autograd.set_multithreading_enabled(False),
-    ):
-        patch.setattr(
-            cuda,
-            "set_sync_debug_mode",
-            lambda mode: waiting_is_an_error.__setitem__(slice(None), [True] * (mode == "error")),
-        )
+    in_this_thread = torch.autograd.set_multithreading_enabled(False)  # the backward pass too: the modes are a thread's
+    with pytest.MonkeyPatch.context() as patch, Functions(), Operators(), in_this_thread:
+        patch.setattr(cuda, "set_sync_debug_mode", lambda mode: sync_debug.update(mode=mode))
         stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda other: None)
         card = SimpleNamespace(name="a pretended GPU", major=8, minor=0, total_memory=24 * 10**9)
         answers = {
@@ -156,7 +145,7 @@ def run(operator, args, kwargs) -> Any:
         raise RuntimeError(f"{name}: tensors on cuda:0 and on the CPU")
     mask = by_index and any(i is not None and i.dtype == torch.bool for i in args[1])
     if crosses or (by_index and others) or mask or operator in READS:
-        if waiting_is_an_error:
+        if sync_debug["mode"] == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {name} at {where()}")
         waits[where()] += 1
     if goes_to == "cuda" and device is not None:
