@@ -295,7 +295,7 @@ def numbers(batch: Batch) -> dict[str, list]:
     group's sampled ones and yet have a negative advantage. And `redrawn`: prompts drawn anew, per prompt of the step."""
     totals = torch.tensor([r.total for r in batch.sampled_rewards], dtype=torch.float64).view_as(batch.advantages)
     better = (totals > totals.mean(1, keepdim=True) + monitor.SAME).flatten()
-    inverted = better & ~batch.mutated & (batch.advantages.flatten() < 0)
+    inverted = better & (batch.advantages.flatten() < 0)
     redrawn = {"redrawn": [batch.redrawn / len(batch.samples)]} if isinstance(batch, RedrawnBatch) else {}
     return standard_numbers(batch) | {"inverted": inverted.tolist()} | redrawn
 
