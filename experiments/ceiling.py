@@ -29,13 +29,16 @@ def ceiling(model: str, name: str, root: str, images: tuple[int, ...], count: in
     parts, policy = load_file(file), rarl.load_policy(model)
     (items,) = load_splits(name, root, ("test",))
     samples = [sample for n in images for sample in data.make_samples(items, n, count)]
+    shown = list({item.name: item for sample in samples for item in sample.items}.values())
     said: dict[str, str] = {}
-    for item in {item.name: item for sample in samples for item in sample.items}.values():
-        weight, bias, values = (parts[f"{item.task.name}.{part}"] for part in ("weight", "bias", "values"))
+    for i in range(0, len(shown), 64):
+        some = shown[i : i + 64]
         with torch.no_grad():
-            (features,), _ = see(policy, [item])  # (image tokens, C)
-            value = median(values, features.mean(0) @ weight.T + bias)
-        said[item.name] = data.format_value(float(value), item.task.decimals)
+            features, _ = see(policy, some)  # (image tokens, C) each
+        for item, of_one in zip(some, features, strict=True):
+            weight, bias, values = (parts[f"{item.task.name}.{part}"] for part in ("weight", "bias", "values"))
+            value = median(values, of_one.mean(0) @ weight.T + bias)
+            said[item.name] = data.format_value(float(value), item.task.decimals)
     entries = [[(i, said[item.name]) for i, item in enumerate(sample.items, start=1)] for sample in samples]
     texts = [data.format_answer(sorted(of_one, key=lambda entry: float(entry[1]))) for of_one in entries]
     return [evaluation.judge(sample, text) for sample, text in zip(samples, texts, strict=True)]
