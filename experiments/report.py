@@ -85,9 +85,13 @@ def reference_rows(variants: Variants) -> Iterator[tuple[str, Row]]:
 
 
 def columns(variants: Variants) -> list[str]:
-    """Of every run together, as one may have more numbers of images: valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ..."""
+    """Of every run together, as one may have more numbers of images: valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ...
+
+    And of what they are compared with: where no trained policy has a valid answer, the base or its eyes may have one.
+    """
     kinds = [*BARS, *NEAR, "contradict", "steps to 90 %", *STEPS]
-    names = {name for seeds in variants.values() for _, outcome in seeds for name in outcome.row}
+    rows = [row for _, row in reference_rows(variants)] + [o.row for seeds in variants.values() for _, o in seeds]
+    names = {name for row in rows for name in row}
     return sorted(names, key=lambda name: (kinds.index(name.split("@")[0]), int(name.partition("@")[2] or 0)))
 
 

@@ -131,6 +131,13 @@ def test_table_begins_with_who_did_not_train_and_who_does_not_look(here):
     assert rows[1]["valid"] == rows[2]["grad norm"] == ""
 
 
+def test_the_base_may_have_an_answer_where_no_trained_policy_has(here):
+    results = RESULTS | {"base": RESULTS["base"] | {"4": TRAINED}}
+    report.report("rmo", {"on": [finish(runs.plan("on", SHORT), results)]})
+    before, _, on = csv.DictReader((here / "runs/ablate-rmo.csv").open())
+    assert float(before["MAE@4"]) == TRAINED["mae"] and on["MAE@4"] == ""
+
+
 def elsewhere(data, on, results):
     """A run on `data`; with `on` evaluated there, with these results."""
     name = f"trained-{data}"
