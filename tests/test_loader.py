@@ -79,6 +79,20 @@ def test_an_unreadable_image_is_named_when_its_step_has_come(policy, workers):
     assert seen == [0, 1]
 
 
+def test_an_image_that_never_comes_keeps_nobody_waiting(policy, monkeypatch):
+    """A file server that is gone. The thread that waits for it is left behind, and does not keep the program from ending."""
+    gone, join = threading.Event(), threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda self, timeout: join(self, min(timeout, 0.01)))
+    items = [item("0", 0), data.Item("1", 1, drawings.DOTS, lambda: gone.wait() and noise_image(56, 56))]
+    steps = load_steps(Sampler(items, 1), policy, ALONE, 0, 2, 1)
+    next(steps)
+    steps.close()
+    (left,) = readers()
+    assert left.daemon
+    gone.set()
+    join(left)
+
+
 def test_a_signal_saves_the_step_while_threads_read(here, signals, monkeypatch, capsys):
     settings = [
         "--stage",

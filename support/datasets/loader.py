@@ -4,9 +4,11 @@ Threads suffice because Pillow decodes and resizes without the interpreter's loc
 no start method, and get no signals: those reach the main thread, which ends the readers.
 """
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import data
 import rarl
@@ -30,17 +32,40 @@ def load_steps(
             samples = samples_of(step)
             yield step, samples, data.make_prompts(policy, samples)
         return
-    readers = ThreadPoolExecutor(workers, "reader")
+    todo: queue.SimpleQueue = queue.SimpleQueue()
+    # Daemons: an image on a file server that is gone blocks its reader for ever, and must not keep the program from ending.
+    readers = [threading.Thread(target=read, args=(todo, policy), name="reader", daemon=True) for _ in range(workers)]
     ahead: deque[tuple[list[data.Sample], list[Future]]] = deque()
     try:
+        for reader in readers:
+            reader.start()
         for step in range(first, last):
             while len(ahead) <= AHEAD and step + len(ahead) < last:
                 samples = samples_of(step + len(ahead))
-                ahead.append((samples, [readers.submit(data.make_prompts, policy, [sample]) for sample in samples]))
-            samples, reading = ahead.popleft()
-            prompts = [prompt for future in reading for prompt in future.result()]
-            del reading  # else the pixels would stay while the next step is waited for
-            yield step, samples, prompts
-            del prompts
+                ahead.append((samples, [Future() for _ in samples]))
+                for job in zip(*ahead[-1], strict=True):
+                    todo.put(job)
+            samples, prompts = ahead.popleft()
+            yield step, samples, [prompt.result() for prompt in prompts]
+            del prompts  # else they would stay while the next step is waited for
     finally:
-        readers.shutdown(cancel_futures=True)  # they end with the prompt that they read
+        for _, prompts in ahead:
+            for prompt in prompts:
+                prompt.cancel()
+        for _ in readers:
+            todo.put(None)
+        for reader in readers:
+            if reader.ident:  # it was started
+                reader.join(timeout=5)  # it ends with the prompt that it reads
+
+
+def read(todo: queue.SimpleQueue, policy: rarl.Policy) -> None:
+    """Make the prompts that are asked for, one by one, until None is."""
+    while job := todo.get():
+        sample, prompt = job
+        if prompt.set_running_or_notify_cancel():
+            try:
+                prompt.set_result(data.make_prompts(policy, [sample])[0])
+            except BaseException as error:  # is raised where the result is asked for
+                prompt.set_exception(error)
+        del job, sample, prompt  # a reader that waits keeps no pixels
