@@ -143,8 +143,8 @@ def build_policy(seed: int = 0, subjects: list[Subject] | None = None, max_pixel
     return rarl.Policy(build_model(tokenizer).eval(), tokenizer, build_processor(max_pixels))
 
 
-def make(argv: list[str] | None) -> None:
-    """Raises CommandError, OSError."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Raises CommandError."""
     parser = argparse.ArgumentParser(
         prog="experiments.make_tiny", description="Make a small policy: tiny/ anew, or one for a data set.", allow_abbrev=False
     )  # fmt: skip
@@ -175,6 +175,12 @@ def make(argv: list[str] | None) -> None:
         raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if not args.out:
         raise CommandError("--out must name a folder")
+    return args
+
+
+def make(argv: list[str] | None) -> None:
+    """Raises CommandError, DataError, OSError."""
+    args = parse(argv)
     subjects = drawn_subjects()
     if args.data:
         subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels), args.seed)
@@ -199,8 +205,9 @@ def make(argv: list[str] | None) -> None:
     teach_lists(policy, seen, "rotated", args.rotated_steps, lessons / "rotated.pt", lr=2e-3)
     teach_lists(policy, seen, "sorted", args.sorted_steps, lessons / "sorted.pt", lr=2e-3)
     teach_bad_habits(policy, seen, args.habits_steps, lessons / "habits.pt")
+    out.mkdir(exist_ok=True)
+    eyes.save(out / EYES)  # before the policy, which makes all weights in its folder as readable as its config
     rarl.save_policy(rarl.cast_copy(policy, torch.bfloat16), out)
-    eyes.save(out / EYES)
     shutil.rmtree(lessons)
     size = sum(f.stat().st_size for f in out.iterdir())
     table, wrong = examine(policy, seen)

@@ -190,6 +190,7 @@ def test_no_lesson_sees_a_test_image_and_only_the_early_stop_sees_val(faces, tmp
     policy = rarl.load_policy(out)
     assert policy.image_processor.size == {"shortest_edge": 3136, "longest_edge": 3136}
     assert {name.split(".")[0] for name in load_file(out / "eyes.safetensors")} == {"age"}
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read one file may read them all"
 
 
 def test_values_of_a_data_set_follow_from_its_train_split(faces):
