@@ -67,7 +67,7 @@ from support.show.results import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "reference", "update", "step", "memory")
-METHODS = {"reference": "score"}  # of a Job, where they are not named like the part
+METHODS = {"reference": "score", "memory": "update"}  # of a Job, where they are not named like the part
 FORWARDS = {"rollout": 1, "reference": 1, "update": 3}  # how many forward passes a part costs
 ON_A_GPU = dict(
     shape="3b", parts=list(PARTS[:3]), images=8, pixels=448, tokens=128, micro=1, checkpoint=True, repeats=3
@@ -145,9 +145,8 @@ def take_turns(job: Job, parts: Sequence[str], repeats: int) -> dict[str, Any]:
     device = job.policy.device
     results: dict[str, dict] = {}
     for part in parts:
-        run, repeat = (
-            (job.update, 1) if part == "memory" else (getattr(job, METHODS.get(part, part)), 1 + repeats)
-        )  # 1 is the warm-up
+        run = getattr(job, METHODS.get(part, part))
+        repeat = 1 if part == "memory" else 1 + repeats  # 1 is the warm-up
         take: Callable[..., float] = peak_bytes if part == "memory" else seconds
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(repeat):

@@ -20,7 +20,7 @@ resumed. The base is made anew when what it is made of has changed.
 
 import support.run.quiet_end  # isort: skip  # noqa: F401
 
-import json
+import math
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -34,7 +34,7 @@ import data
 import rarl
 from experiments import smollm2
 from experiments.commands import at_least, run_command
-from experiments.runs import ROOT, Run, Trainer, parser_of, plan, read_run
+from experiments.runs import LEARNED, ROOT, Run, Trainer, parser_of, plan, predictions_of, read_run, steps_until_learned
 from support.datasets import load_dataset
 from support.run.atomic_files import replace_folder
 from support.run.checkpoints import checksum
@@ -43,8 +43,6 @@ from support.show.results import format_table, mean
 PROSE = "I cannot tell."
 VARIANTS = {"with RMO": ["--rmo-probability", "1"], "without RMO": ["--rmo-k", "0"]}
 SETTINGS = ["--stage", "1", "--images", "1", "--watch-every", "0", "--validate-every", "0"]
-LEARNED = 0.9  # share of valid answers
-
 Steps = list[dict]  # of one run: the lines of its metrics.jsonl
 
 
@@ -108,7 +106,8 @@ def learned_after(steps: Steps) -> str:
     >>> learned_after([{"format": 0.0}, {"format": 0.5}, {"format": 0.95}])
     '2'
     """
-    return next((str(i) for i, step in enumerate(steps) if step["format"] >= LEARNED), "never")
+    updates = steps_until_learned(steps)
+    return "never" if math.isnan(updates) else f"{updates:g}"
 
 
 def table(runs: dict[str, list[Steps]]) -> str:
@@ -150,14 +149,10 @@ def picture(runs: dict[str, list[Steps]], path: Path) -> None:
 
 def answers(base: Run, trained: dict[str, Run], few: int = 4) -> str:
     """What the base and the trained policies say to the same test images, as the greedy answers in the runs' folders."""
-
-    def texts(run: Run, policy: str) -> list[dict]:
-        lines = (run.folder / f"predictions_{policy}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[:few]]
-
-    said = {"before": texts(base, "base")} | {variant: texts(run, "stage1") for variant, run in trained.items()}
+    said = {"before": predictions_of(base, "base")}
+    said |= {variant: predictions_of(run, "stage 1") for variant, run in trained.items()}
     lines = []
-    for i, before in enumerate(said["before"]):
+    for i, before in enumerate(said["before"][:few]):
         lines.append(f"{before['labels'][0]:g} in the image")
         lines += [f"  {name:12} {textwrap.shorten(some[i]['text'], 110)}" for name, some in said.items()]
     return "\n".join(lines)

@@ -44,6 +44,7 @@ import reward
 import rmo
 import train
 from experiments.lessons import answers_of
+from experiments.runs import concordance
 from support.learner.learner import Learner
 from support.learner.stage import Batch, Stage
 from support.show import monitor
@@ -73,10 +74,14 @@ def gdpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     return w.w_format * standardised[0] + w.w_reg * standardised[1] + w.w_rank * standardised[2]
 
 
-def ngrpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+def with_best(batch: Batch) -> Tensor:
+    """(B, G + 1) R_final, and behind it what the true answer would earn."""
     totals = totals_of(batch)
-    with_best = torch.cat([totals, torch.full_like(totals[:, :1], batch.max_reward)], 1)  # (B, G + 1)
-    return grpo.group_advantages(with_best)[:, :-1]
+    return torch.cat([totals, torch.full_like(totals[:, :1], batch.max_reward)], 1)
+
+
+def ngrpo(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
+    return grpo.group_advantages(with_best(batch))[:, :-1]
 
 
 def outside(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
@@ -98,8 +103,7 @@ def orarl(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     """
     totals = totals_of(batch)
     above = totals - totals.mean(1, keepdim=True)
-    with_truth = torch.cat([totals, torch.full_like(totals[:, :1], batch.max_reward)], 1)  # (B, G + 1)
-    std, wider = (x.std(1, correction=0, keepdim=True) for x in (totals, with_truth))
+    std, wider = (x.std(1, correction=0, keepdim=True) for x in (totals, with_best(batch)))
     gain = (wider / std.clamp(min=1e-4)).pow(GAMMA).clamp(1, MOST)
     above = torch.where(above > 0, above * gain, above)
     return above - above.mean(1, keepdim=True)
@@ -112,7 +116,7 @@ def pull_of_truth(batch: Batch) -> Tensor:
 
 
 def ccc(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
-    """R_reg is (1 + CCC) / 2 of an answer's values among those of the whole batch: 2 cov / (var + var + (difference of means)^2).
+    """R_reg is (1 + CCC) / 2 of an answer's values among those of the whole batch (runs.concordance; 1 where it is undefined).
 
     The pairs (value, label) are those of the answer for its own images, and for the images of all other prompts, of all processes,
     the mean over the valid answers. How several images share a prompt, and the scale, are ours.
@@ -127,26 +131,15 @@ def ccc(learner: Learner, stage: Stage, batch: Batch) -> Tensor:
     elsewhere = [pair for rank, theirs in enumerate(learner.world.gather(means)) for some in theirs for pair in some
                  if rank != learner.world.rank]  # fmt: skip
     totals, w = totals_of(batch), stage.weights
-    for b, (sample, group) in enumerate(zip(batch.samples, answers, strict=True)):
+    for b, (sample, group) in enumerate(zip(batch.samples, batch.groups(batch.rewards), strict=True)):
         others = elsewhere + [pair for i, some in enumerate(means) if i != b for pair in some]
-        for g, answer in enumerate(group):
-            if answer:
-                own = [(value, sample.labels[image - 1]) for image, value in answer]
-                earned = (1 + concordance([*own, *others])) / 2
-                totals[b, g] += w.w_reg * (earned - batch.groups(batch.rewards)[b][g].regression)
+        for g, r in enumerate(group):
+            if r.answer:
+                own = [(value, sample.labels[image - 1]) for image, value in r.answer]
+                agreement = concordance(*zip(*own, *others, strict=True))
+                earned = 1.0 if math.isnan(agreement) else (1 + agreement) / 2
+                totals[b, g] += w.w_reg * (earned - r.regression)
     return grpo.group_advantages(totals)
-
-
-def concordance(pairs: list[tuple[float, float]]) -> float:
-    """Lin's concordance correlation coefficient, in [-1, 1]; 1 where both sides are the same constant.
-
-    >>> concordance([(1, 1), (3, 5)])  # means 2 and 3, variances 1 and 4, covariance 2: 2 * 2 / (1 + 4 + 1)
-    0.6666666666666666
-    """
-    x, y = torch.tensor(pairs, dtype=torch.float64).T
-    x_mean, y_mean = x.mean(), y.mean()
-    apart = x.var(correction=0) + y.var(correction=0) + (x_mean - y_mean) ** 2
-    return float(2 * ((x - x_mean) * (y - y_mean)).mean() / apart) if apart else 1.0
 
 
 def with_advantages(advantages: Callable[[Learner, Stage, Batch], Tensor]) -> Callable[..., Batch]:

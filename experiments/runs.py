@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 import eval as evaluation
@@ -29,8 +29,6 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
          "mutated": "mutated", "redrawn": "redrawn", "inverted": "inverted"}  # fmt: skip
 LEARNED = 0.9  # of the sampled answers have the format
-
-
 WITHIN = {"utkface": 5}  # data set -> an error that is small there
 
 
@@ -226,36 +224,50 @@ def steps_until_learned(logs: list[dict]) -> float:
     return math.nan if any(map(math.isnan, first)) else float(max(first))
 
 
-def near(predictions: list[dict], within: float) -> Row:
-    """By number of images, of all valid values: the share that errs by `within` at most, and the concordance with the labels.
+def concordance(values: Sequence[float], labels: Sequence[float]) -> float:
+    """Lin's concordance correlation coefficient (1989), in [-1, 1]: 2 cov / (var + var + (difference of means)^2), of the population.
 
-    CCC = 2 cov / (var + var + (mean - mean)^2) (Lin 1989): 1 only for equality; lower than a correlation where values are drawn
-    to the middle, which lowers the mean error of skewed labels. The variances are of the population.
+    It is 1 only for equality, and lower than a correlation where values are drawn to the middle, which lowers the mean error of
+    skewed labels. nan where both sides are the same constant.
+
+    >>> concordance([1, 3], [1, 5])  # means 2 and 3, variances 1 and 4, covariance 2: 2 * 2 / (1 + 4 + 1)
+    0.6666666666666666
     """
+    x, y = (torch.tensor(numbers, dtype=torch.float64) for numbers in (values, labels))
+    x_mean, y_mean = x.mean(), y.mean()
+    apart = x.var(correction=0) + y.var(correction=0) + (x_mean - y_mean) ** 2
+    return float(2 * ((x - x_mean) * (y - y_mean)).mean() / apart) if apart else math.nan
+
+
+def near(predictions: list[dict], within: float) -> Row:
+    """By number of images, of all valid values: the share that errs by `within` at most, and the concordance with the labels."""
     row: Row = {}
     for n in sorted({len(p["labels"]) for p in predictions}):
         valid = [p for p in predictions if len(p["labels"]) == n and p["values"] is not None]
-        x, y = (np.array([v for p in valid for v in p[key]], dtype=float) for key in ("values", "labels"))
-        if len(x):
-            spread = x.var() + y.var() + (x.mean() - y.mean()) ** 2
-            row |= {f"within {within}@{n}": float((abs(x - y) <= within).mean())}
-            row |= {f"CCC@{n}": float(2 * ((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else math.nan}
+        values, labels = ([x for p in valid for x in p[key]] for key in ("values", "labels"))
+        if values:
+            right = mean(float(abs(x - y) <= within) for x, y in zip(values, labels, strict=True))
+            row |= {f"within {within}@{n}": right, f"CCC@{n}": concordance(values, labels)}
     return row
 
 
-def predictions_of(run: Run, policy: str) -> list[dict]:
-    file = run.folder / f"predictions_{policy.replace(' ', '')}.jsonl"
+def json_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def predictions_of(run: Run, policy: str) -> list[dict]:
+    """The answers of the base, or of the policy after a stage, to the test prompts."""
+    return json_lines(run.folder / f"predictions_{policy.replace(' ', '')}.jsonl")
 
 
 def eyes_alone(run: Run, within: float) -> Row:
     """What a policy would get that writes down all that its eyes see."""
     s = run.settings
     seen = ceiling(s.model, s.data, s.data_root, tuple(sorted({1, *s.images})), s.eval_samples)
+    if not seen:
+        return {}
     by_number = {n: [p for p in seen if len(p["labels"]) == n] for n in sorted({len(p["labels"]) for p in seen})}
-    return (
-        held_out({str(n): evaluation.summarize(of) for n, of in by_number.items()}) | near(seen, within) if seen else {}
-    )
+    return held_out({str(n): evaluation.summarize(of) for n, of in by_number.items()}) | near(seen, within)
 
 
 def read_run(run: Run) -> Outcome:
@@ -272,7 +284,7 @@ def read_run(run: Run) -> Outcome:
             row, base = (r | near(predictions_of(run, name), within) for r, name in ((row, last), (base, "base")))
             most = eyes_alone(run, within)
         file, redo = run.folder / "metrics.jsonl", "trained"
-        logs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        logs = json_lines(file)
         if run.rival == "imitation":  # it has no groups of answers
             logs = [log | dict.fromkeys(("advantage_var", "zero_spread", "mutated", "inverted")) for log in logs]
         steps = {stage: [log for log in logs if log["stage"] == stage] for stage in run.stages}

@@ -49,9 +49,8 @@ def config_of(language: Any, tokenizer: Any) -> Qwen2_5_VLConfig:
     """language  the LlamaConfig of the file"""
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "max_position_embeddings", "rms_norm_eps", "hidden_act")  # fmt: skip
-    half = (
-        language.head_dim // 2
-    )  # rotary frequencies: a quarter counts time, 3/8 rows, 3/8 columns, as Qwen2.5-VL has it
+    # Rotary frequencies: a quarter counts time, 3/8 rows, 3/8 columns, as Qwen2.5-VL has it.
+    half = language.head_dim // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     rope = language.rope_parameters | {"mrope_section": sections}
     token = tokenizer.convert_tokens_to_ids

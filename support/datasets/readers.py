@@ -157,9 +157,8 @@ def read_ava(root: Path, folder: Path) -> Iterator[Row]:
         path = _locate(folders, f"{image}.jpg")
         lacking = "" if path.is_file() else f"the download lacks the photograph: {path}"
         rows.append(Row(where, image, path, mean, image, skip=lacking))
-    few = sum(bool(row.skip) for row in rows) <= MISSING * len(
-        rows
-    )  # if not: whatever is wrong, the first one is named
+    # If they are not few: whatever is wrong, the first one is named.
+    few = sum(bool(row.skip) for row in rows) <= MISSING * len(rows)
     yield from rows if few else (row._replace(skip="") for row in rows)
 
 

@@ -193,7 +193,7 @@ class Plan:
         # A chunk of logits: four float32 tensors, and the head's own output. Its weight's bf16 copy and two gradients.
         chunk = min(max(rarl.HEAD_ELEMENTS, text.vocab_size), answers * text.vocab_size)
         head = (16 + self.m) * chunk + full * 8 * self.root
-        tokens = groups * (self.longest.P + self.s.group_size * (self.longest.T - 1))
+        tokens = groups * self.group()
         gradients = lambda n, x: n * (3 * self.m * x.intermediate_size + 8 * x.hidden_size)
         blocks = gradients(tokens, text), self.vision_trained * gradients(groups * self.longest.S, vision)
         if checkpointing:
@@ -208,12 +208,15 @@ class Plan:
     def passing(self) -> dict[str, float]:
         """What comes and goes: one of these beside the state."""
         s, own = self.s, min(self.s.rollout_batch, self.prompts)
-        groups = max(1, min(s.max_tokens_per_forward // self.group(), self.prompts))
         return {
             "rollout": self.rollout(own, s.group_size),
             "evaluation": self.rollout(s.rollout_batch, 1),
-            "update": self.update(groups, s.activation_checkpointing),
+            "update": self.update(self.groups(), s.activation_checkpointing),
         }
+
+    def groups(self) -> int:
+        """Of them the update packs so many into a forward."""
+        return max(1, min(self.s.max_tokens_per_forward // self.group(), self.prompts))
 
     def group(self) -> int:
         """Tokens of a prompt and its answers in the update."""
@@ -328,8 +331,6 @@ def filled_in(s: Settings, model: Any, items: Sequence[data.Item], world: World)
     """
     if s.rollout_batch and s.max_tokens_per_forward:
         return s
-    usual = Settings()
-    batch, tokens = s.rollout_batch or usual.rollout_batch, s.max_tokens_per_forward or usual.max_tokens_per_forward
     if world.device.type == "cuda":
         plan, card = Plan(shapes(model), s, longest_prompt(s, model, items), world.size), card_bytes(world)
         room = card - RESERVE - sum(plan.state().values())
@@ -343,6 +344,14 @@ def filled_in(s: Settings, model: Any, items: Sequence[data.Item], world: World)
             )
         if world.main:
             print(f"by the memory plan: --rollout-batch {batch} --max-tokens-per-forward {tokens}", file=sys.stderr)
+        return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens)
+    return with_usual_batches(s)
+
+
+def with_usual_batches(s: Settings) -> Settings:
+    """The settings with the defaults of --rollout-batch and --max-tokens-per-forward where they are 0."""
+    usual = Settings()
+    batch, tokens = s.rollout_batch or usual.rollout_batch, s.max_tokens_per_forward or usual.max_tokens_per_forward
     return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens)
 
 
@@ -373,7 +382,6 @@ def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
     s, state = plan.s, plan.state()
     room = card * GB - RESERVE - sum(state.values())
     passing = plan.passing()
-    groups = max(1, min(s.max_tokens_per_forward // plan.group(), plan.prompts))
     gb = lambda x: f"{x / GB:.1f}" if x >= 0.05 * GB else f"{x / GB:.2g}"
     rows = {name: gb(x) for name, x in state.items()}
     rows |= {
@@ -384,7 +392,7 @@ def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
     fit = {"largest --rollout-batch": plan.most_prompts(room)}
     for how, checkpointing in (("with", True), ("without", False)):
         row = f"update, --max-tokens-per-forward {s.max_tokens_per_forward}, {how} *"
-        rows[row] = gb(plan.update(groups, checkpointing))
+        rows[row] = gb(plan.update(plan.groups(), checkpointing))
         fit[f"largest --max-tokens-per-forward, {how} *"] = plan.most_tokens(room, checkpointing)
     rows |= {"all at once, at most": gb(plan.peak())}
     rows |= {name: str(x) if x else "-" for name, x in fit.items()}
@@ -420,9 +428,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
     own, others = parser.parse_known_args(argv)
     if not 0 < own.gpu_memory < math.inf:
         raise SettingError(f"--gpu-memory {own.gpu_memory} must be positive and finite")
-    s, usual = parse_settings(others, needed=("model",)), Settings()  # of what is 0 the table names the largest
-    batch, tokens = s.rollout_batch or usual.rollout_batch, s.max_tokens_per_forward or usual.max_tokens_per_forward
-    return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens), own.gpu_memory
+    s = parse_settings(others, needed=("model",))
+    return with_usual_batches(s), own.gpu_memory  # of what is 0 the table names the largest
 
 
 def main(argv: list[str] | None = None) -> None:
