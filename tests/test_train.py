@@ -1,6 +1,7 @@
 """train.py end to end: both stages, stages apart, several processes, bad input before and during training."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -169,6 +170,22 @@ def test_weights_that_a_step_ruins_are_not_saved(here, signals, monkeypatch, cap
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_within_an_import_ends_at_once(tmp_path):
+    """An exception there may end in C++ code, which aborts the process or takes it for a module that is missing."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    print('swallowed')\n"
+    )
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import support.run.quiet_end, slow"
+    )
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "-c: interrupted\n")
 
 
 def test_ctrl_c_while_the_program_starts_is_one_line(tmp_path):

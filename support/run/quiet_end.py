@@ -4,16 +4,38 @@ Whatever standard output is, a program runs to its end and its files are written
 without a terminal) nothing is printed, where it is ASCII alone the rest is escaped.
 """
 
+import contextlib
 import io
 import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
+
+
+def _interrupted() -> None:
+    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+
+
+def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but not inside an import: the C++ of torch aborts on it, or takes numpy for missing."""
+    within = frame
+    while within is not None:
+        if within.f_code.co_filename.startswith("<frozen importlib"):
+            _interrupted()
+            os._exit(130)
+        within = within.f_back
+    signal.default_int_handler(number, frame)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, or heard by somebody else
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, _on_ctrl_c)
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, traceback)
-    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+    _interrupted()
     sys.exit(130)  # 128 + SIGINT, as a shell reports it
 
 
@@ -36,9 +58,6 @@ def _usable_streams() -> None:
 
 
 _usable_streams()
-
-# Before torch, whose C++ part would import it, and takes a Ctrl-C meanwhile for a numpy that is not installed.
-import numpy  # noqa: E402, F401
 
 
 def abandon_broken_stdout() -> None:
