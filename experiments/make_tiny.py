@@ -54,10 +54,10 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 NUMBERS = {  # setting -> default for drawings, for files; least; what it is
-    "eyes_steps": (4500, 2500, 1, "steps that teach the vision tower"),
+    "eyes_steps": (4500, 3000, 1, "steps that teach the vision tower"),
     "eyes_batch": (32, 64, 1, "pictures in each of them"),
     "rotated_steps": (600, 300, 1, "steps of exact lists that are rotated"),
-    "sorted_steps": (2400, 900, 1, "and that are sorted"),
+    "sorted_steps": (2400, 1500, 1, "and that are sorted"),
     "habits_steps": (600, 300, 1, "steps of bad lists"),
     "pictures": (8192, 8192, 64, "pictures of each task for the lists, at most"),
     "max_pixels": (224 * 224, 84 * 84, 56 * 56, "larger pictures are shrunk to this area"),
