@@ -184,6 +184,7 @@ def _table_row(where: str, fields: dict, folder: Path) -> Row:
 def read_csv(root: Path, folder: Path) -> Iterator[Row]:
     """Your own images: a file with the columns path (relative to the file), label, and if you like split and group.
 
+    A group is what the label is about, as the object that is counted: each is a task of its own, and only its images are compared.
     Comma-separated, UTF-8, with a header line. The root is the file or a folder with exactly one .csv (or labels.csv).
     """
     file = _table(root, ".csv")
