@@ -22,7 +22,7 @@ import train
 from experiments import bench
 from support.datasets import load_dataset
 from support.learner.learner import Learner
-from support.learner.plan import Longest, Plan, shapes
+from support.learner.plan import Longest, Plan
 from support.learner.policies import load_start
 from support.learner.stage import RewardWeights, Stage
 from support.learner.world import World
@@ -222,7 +222,7 @@ def test_the_plan_is_about_what_is_used(policy_folder):
     train.update(learner, optimizer, batch)
     used = torch.cuda.max_memory_allocated() - before
     longest = Longest(max(len(p.ids) for p in prompts), max(len(p.pixels) for p in prompts), batch.ids.shape[1])
-    planned = Plan(shapes(learner.policy.model), s, longest).peak()
+    planned = Plan(learner.policy.model.config, s, longest).peak()
     assert used < 1.05 * planned + 64e6 and used > planned / 2  # 64 MB: the matrix products' workspaces
 
 

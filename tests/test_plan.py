@@ -16,7 +16,7 @@ from experiments.costs import peak_bytes
 from support.datasets import load_dataset
 from support.learner import lora
 from support.learner import plan as plan_room
-from support.learner.plan import GB, Longest, Plan, filled_in, longest_prompt, main, plan_text, read_model
+from support.learner.plan import GB, Longest, Plan, filled_in, longest_prompt, main, plan_text, read_config
 from support.run.settings import SettingError, Settings, parse_settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -35,9 +35,8 @@ def asked(policy):
 
 
 def test_parameters_are_counted_as_they_are(policy):
-    model, s, some = read_model(TINY), Settings(), Longest(100, 100, 10)
+    model, s, some = read_config(TINY), Settings(), Longest(100, 100, 10)
     all_of_them = sum(p.numel() for p in policy.parameters())
-    assert all(p.is_meta for p in model.parameters())
     assert Plan(model, s, some).weights == Plan(model, s, some).trained == all_of_them
     adapted, visual = copy.deepcopy(policy), sum(p.numel() for p in policy.model.model.visual.parameters())
     assert Plan(model, Settings(freeze_vision=True), some).trained == all_of_them - visual
@@ -48,7 +47,7 @@ def test_parameters_are_counted_as_they_are(policy):
 
 def test_roles_of_the_weights():
     """The bytes of a parameter, by hand. All of one process: 4 + 4 + 8 + 2; LoRA: 2 of the base, 16 of an adapter's."""
-    model, some = read_model(TINY), Longest(100, 0, 10)
+    model, some = read_config(TINY), Longest(100, 0, 10)
     one, four = (Plan(model, Settings(beta=0.0), some, W) for W in (1, 4))
     N = one.weights
     assert sum(one.state().values()) == 18 * N and sum(four.state().values()) == 16 * N / 4 + 2 * N
@@ -69,7 +68,7 @@ def test_cache_is_that_of_a_prefill(policy, asked):
     with torch.no_grad():
         cache, _ = rarl.prefill(policy, prompts, 3, longest.T)
     real = sum(x.numel() * x.element_size() for kv in cache.layers for x in kv)
-    assert Plan(policy.model, Settings(), longest, gpu=False).cache(2, 3) == real
+    assert Plan(policy.model.config, Settings(), longest, gpu=False).cache(2, 3) == real
 
 
 def test_a_rollout_takes_what_is_planned(policy, asked):
@@ -78,7 +77,7 @@ def test_a_rollout_takes_what_is_planned(policy, asked):
     endless = copy.deepcopy(policy)
     endless.banned[endless.eos_id] = True
     real = peak_bytes(lambda: rarl.generate(endless, prompts, 8, longest.T), policy.device)
-    planned = Plan(policy.model, Settings(), longest, gpu=False).rollout(2, 8)
+    planned = Plan(policy.model.config, Settings(), longest, gpu=False).rollout(2, 8)
     assert real <= planned < 1.8 * real
 
 
@@ -99,9 +98,10 @@ def kept_by_autograd(policy, prompts, ids):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("more", [{}, {"freeze_vision": True}, {"lora_rank": 2}, {"lora_rank": 2, "lora_targets": "language+vision"}])  # fmt: skip
 def test_activations_are_what_autograd_keeps(policy, asked, more, checkpointing):
-    s, policy, prompts = Settings(group_size=4, **more), copy.deepcopy(policy), copy.deepcopy(asked[1])
+    s = Settings(group_size=4, activation_checkpointing=checkpointing, **more)
+    policy, prompts = copy.deepcopy(policy), copy.deepcopy(asked[1])
     longest = of_these(policy, asked[0], prompts)
-    plan = Plan(policy.model, s, longest, gpu=False)
+    plan = Plan(policy.model.config, s, longest, gpu=False)
     if s.lora_rank:
         lora.add_lora(policy.model, s.lora_rank, s.lora_alpha, s.lora_targets)
     if not plan.vision_trained:
@@ -111,7 +111,7 @@ def test_activations_are_what_autograd_keeps(policy, asked, more, checkpointing)
         policy.model.activation_checkpointing_enable()
     ids = torch.randint(5, 300, (8, longest.T), generator=torch.Generator().manual_seed(0))
     real = kept_by_autograd(policy.train(checkpointing), prompts, ids)
-    assert plan.activations(2, checkpointing) == pytest.approx(real, rel=0.05)
+    assert plan.activations(2) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("n", [1, 8])
@@ -119,20 +119,21 @@ def test_longest_prompt_is_not_underestimated(n):
     policy = rarl.load_policy(TINY)
     samples = data.make_samples(load_dataset("dots"), n, 20)
     real = of_these(policy, samples, data.make_prompts(policy, samples))
-    planned = longest_prompt(Settings(images=(n,)), policy.model)
+    planned = longest_prompt(Settings(images=(n,)), policy.model.config)
     assert planned.S == real.S and real.P <= planned.P < 1.3 * real.P and real.T <= planned.T < 1.3 * real.T
 
 
 def test_largest_numbers_fit_and_one_more_does_not():
     """tiny on a card that holds little: the table's largest batch is checked against the formula."""
     s = dataclasses.replace(Settings(), batch_size=64)
-    model = read_model(TINY)
+    model = read_config(TINY)
     plan = Plan(model, s, longest_prompt(s, model))
     line = next(x for x in plan_text(s, TINY, 2.1).splitlines() if x.startswith("largest --rollout-batch"))
     largest = int(line.split()[2])
     room = 0.1 * GB - sum(plan.state().values())
     assert plan.rollout(largest, s.group_size) <= room < plan.rollout(largest + 1, s.group_size) and 1 < largest < 64
-    assert "GB too much for a 2.01 GB card" in plan_text(s, TINY, 2.01)
+    *head, one, _, _, _ = plan_text(s, TINY, 2.01).splitlines()[-1].split()
+    assert " ".join(head) == "too much for a card of 2.01 GB" and float(one) > 0
 
 
 def test_what_is_0_becomes_the_largest_that_fits(policy, monkeypatch, capsys):
@@ -145,9 +146,10 @@ def test_what_is_0_becomes_the_largest_that_fits(policy, monkeypatch, capsys):
     )
     monkeypatch.setattr(plan_room, "card_bytes", lambda world: 2.1 * GB)
     filled = filled_in(s, model, items, on("cuda"))
-    longest = longest_prompt(s, model)  # which draws the same items
+    longest = longest_prompt(s, model.config)  # which draws the same items
     plan, more = (
-        Plan(model, x, longest) for x in (filled, dataclasses.replace(filled, rollout_batch=filled.rollout_batch + 1))
+        Plan(model.config, x, longest)
+        for x in (filled, dataclasses.replace(filled, rollout_batch=filled.rollout_batch + 1))
     )
     assert max(plan.passing().values()) + sum(plan.state().values()) == plan.peak() <= 0.1 * GB < more.peak()
     assert f"--rollout-batch {filled.rollout_batch} " in capsys.readouterr().err
@@ -163,7 +165,9 @@ def test_plan_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     main([])
     assert "W = 8" in capsys.readouterr().out and not list(tmp_path.iterdir())
     s = parse_settings(["--preset", "utkface", "--model", str(TINY)], needed=())  # no --data-root: from --max-pixels
-    assert longest_prompt(s, read_model(TINY)).S == 8 * 4 * 256
+    assert longest_prompt(s, read_config(TINY)).S == 8 * 4 * 256
+    s = parse_settings(["--preset", "csv", "--model", str(TINY)], needed=())  # whose decimals the labels would tell
+    assert longest_prompt(s, read_config(TINY)).T > 0
 
 
 def test_the_table_of_the_page_is_what_is_printed(tmp_path):
@@ -186,7 +190,6 @@ def test_the_table_of_the_page_is_what_is_printed(tmp_path):
         (None, [], "model folder .* does not exist"),
         ("{", [], "cannot read config.json"),
         (json.dumps({"model_type": "bert"}), [], "the model is a bert"),
-        ((TINY / "config.json").read_text().replace('"patch_size": 14', '"patch_size": 0'), [], "a size in it is not"),
         ((TINY / "config.json").read_text(), ["--data", "cats"], "--data cats is unknown"),
         ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory -1.0 must be positive"),
         ((TINY / "config.json").read_text(), ["--preset", "csv", "--steps1", "-1"], "--steps1 -1 must not be negative"),

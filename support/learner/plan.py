@@ -2,12 +2,13 @@
 
     python -m support.learner.plan --gpu-memory 80 --preset utkface --model Qwen/Qwen2.5-VL-3B-Instruct
 
-takes the settings of train.py (without --data-root every image is taken to be of --max-pixels) and prints a table. No weights are read, no GPU is needed. Each figure is a sum over tensors that the code is known to hold; what they are is
-said beside the formula. On a CPU the parameters, the cache and the activations are held against real ones in
-tests/test_plan.py. On a GPU nothing has been measured: figures for it follow from its dtypes alone.
+takes the settings of train.py and prints a table. No weights are read, no GPU is needed. Without --data-root every image is
+taken to be of --max-pixels. Each figure is a sum over tensors that the code is known to hold; what they are is said beside
+the formula. tests/test_plan.py holds the parameters, the cache and the activations against real ones on a CPU. On a GPU
+nothing has been measured: figures for it follow from its dtypes alone.
 
 Letters: P tokens, S image patches of the longest prompt; T tokens of the longest answer; G answers to a prompt; W processes;
-C hidden size, I width of the MLP, H query heads, D head size, V vocabulary. GB is 10^9 bytes.
+C hidden size, I width of the MLP, H query heads. GB is 10^9 bytes.
 """
 
 import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
@@ -18,12 +19,10 @@ import copy
 import dataclasses
 import math
 import sys
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -47,14 +46,12 @@ from support.show.results import format_table
 GB = 1e9
 RESERVE = 2 * GB  # of a card: CUDA's own, libraries' workspaces, gaps that the allocator leaves
 PROCESSES = (1, 2, 4, 8)
-PROCESS = 3 * GB  # host memory of Python and torch
-FILE = 2**30  # bytes of a file of a checkpoint, see support/run/checkpoints.py
+PROCESS = 5 * GB  # host memory of Python, torch, and a checkpoint's file while it is written
 TINY = Path(__file__).resolve().parent.parent.parent / "tiny"
 
 
-@dataclass(frozen=True)
-class Longest:
-    """The longest prompt and the longest answer of the data."""
+class Longest(NamedTuple):
+    """Tokens and image patches of the longest prompt, tokens of the longest answer."""
 
     P: int
     S: int
@@ -64,28 +61,33 @@ class Longest:
 class Plan:
     """Bytes of one process of W on a GPU. With gpu=False: of one process on the CPU, where all is float32."""
 
-    def __init__(self, model: Any, s: Settings, longest: Longest, W: int = 1, gpu: bool = True) -> None:
+    def __init__(self, config: Any, s: Settings, longest: Longest, W: int = 1, gpu: bool = True) -> None:
         self.s, self.W, self.gpu, self.longest = s, W, gpu, longest
-        self.text, self.vision = model.config.text_config, model.config.vision_config
-        core = model.model
-        size: Callable[[Any], int] = lambda module: sum(
-            p.numel() for p in module.parameters()
-        )  # a shared weight counts once
-        self.weights, self.layer = size(model), max(size(x) for x in [*core.language_model.layers, *core.visual.blocks])
-        self.root = self.weights - size(core.language_model.layers) - size(core.visual.blocks)
-        kept = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-        self.linear = sum(p.numel() for p in model.parameters() if id(p) not in kept)
+        self.text, self.vision = config.text_config, config.vision_config
+        model = without_weights(config)
+        layers, blocks, visual = model.model.language_model.layers, model.model.visual.blocks, model.model.visual
+        self.weights = parameters(model)
+        self.layer = max(map(parameters, [*layers, *blocks]))  # the largest
+        self.root = self.weights - parameters(layers) - parameters(blocks)  # embeddings, head, last norm, merger
+        linear = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+        self.linear = sum(p.numel() for p in linear - {model.get_input_embeddings().weight})  # it may be the head's too
         if s.lora_rank:
-            layers = [model.get_submodule(name) for name in lora.target_names(model, s.lora_targets)]
-            self.trained = sum(s.lora_rank * (x.in_features + x.out_features) for x in layers)
+            adapted = [model.get_submodule(name) for name in lora.target_names(model, s.lora_targets)]
+            self.trained = sum(s.lora_rank * (x.in_features + x.out_features) for x in adapted)
+            self.vision_trained = "vision" in s.lora_targets
         else:
-            self.trained = self.weights - s.freeze_vision * size(core.visual)
-        self.vision_trained = not s.freeze_vision if s.lora_rank == 0 else "vision" in s.lora_targets
+            self.trained = self.weights - s.freeze_vision * parameters(visual)
+            self.vision_trained = not s.freeze_vision
+        self.prompts = math.ceil(s.batch_size / W)
+        self.group = longest.P + s.group_size * (longest.T - 1)  # tokens of a prompt and its answers in the update
+        self.groups = max(1, min(s.max_tokens_per_forward // self.group, self.prompts))  # that it packs into a forward
+        patch = self.vision.in_channels * self.vision.patch_size**2  # bytes, as it travels
+        self.patch = patch * self.vision.temporal_patch_size  # numbers, as it is multiplied
+        self.pixels = self.prompts * longest.S * patch  # of a step
         # Bytes of a number: in matrix products; in the stream between layers, which is as wide as the embeddings' weights.
         self.m = 2 if gpu else 4
         self.cast = gpu and W == 1 and s.lora_rank == 0  # float32 weights under autocast. FSDP gathers bf16 ones
         self.stream = 4 if self.cast or not gpu else 2
-        self.prompts = math.ceil(s.batch_size / W)
 
     # What is always there
 
@@ -95,7 +97,7 @@ class Plan:
         # Of all prompts of a step (Learner.prepare): their pixels as bytes, and in bf16 what a frozen vision tower made of them.
         # Of two steps, as the loop holds a batch until it has the next.
         features = 0 if self.vision_trained else self.text.hidden_size // self.vision.spatial_merge_size**2
-        images = 2 * (self.pixels() + self.prompts * self.longest.S * 2 * features)
+        images = 2 * (self.pixels + self.prompts * self.longest.S * 2 * features)
         if s.lora_rank:  # one copy of the base in bf16, on every rank; adapters in float32
             weights, sampling = 2 * base + 4 * self.trained, 0
             reference = 4 * self.trained if kl and s.stage != 1 else 0  # stage 2: the adapters of stage 1
@@ -108,14 +110,6 @@ class Plan:
         return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": moments,
                 "reference": reference, "copy that samples": sampling, "images of two steps": images}  # fmt: skip
 
-    def pixels(self) -> int:
-        """Of all prompts of a step, as they travel."""
-        return self.prompts * self.longest.S * self.patch() // self.vision.temporal_patch_size
-
-    def patch(self) -> int:
-        """Numbers of a patch as it is multiplied."""
-        return self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
-
     # The rollout
 
     def cache(self, prompts: int, group: int) -> float:
@@ -125,20 +119,17 @@ class Plan:
 
     def rollout(self, prompts: int, group: int) -> float:
         """The most of: encoding the images, prefill, decoding."""
-        P, S = self.longest.P, self.longest.S
-        text, vision = self.text, self.vision
+        P, S, T = self.longest
         # A layer without gradient: three tensors as wide as the MLP, or queries and keys rotated in float32.
         work = lambda tokens, x: tokens * (3 * x.intermediate_size * self.m + 20 * x.hidden_size)
-        own_prompts = self.cache(prompts, 0)
-        prefill = (
-            own_prompts + self.cache(prompts, group) + work(prompts * P, text)
-        )  # transformers' cache is copied to ours
+        encoding = work(prompts * S, self.vision)
+        prefill = self.cache(prompts, 0) + self.cache(prompts, group) + work(prompts * P, self.text)  # copied to ours
         # Dropping finished answers copies up to 3/4 of the cache. Sampling: log-probs, and two float64 tensors as large.
-        logits = 20 * prompts * group * text.vocab_size
+        decoding = 1.75 * self.cache(prompts, group) + 20 * prompts * group * self.text.vocab_size
         # What each query may see, of all answers' places: two tensors of bool become the bias. A copy is made with the cache's.
-        queries = group * text.num_attention_heads // text.num_key_value_heads
-        bias = (2 * self.m + 2) * prompts * queries * (P + group * self.longest.T)
-        return max(work(prompts * S, vision), prefill, 1.75 * self.cache(prompts, group) + logits) + bias
+        queries = group * self.text.num_attention_heads // self.text.num_key_value_heads
+        bias = (2 * self.m + 2) * prompts * queries * (P + group * T)
+        return max(encoding, prefill, decoding) + bias
 
     # The update
 
@@ -148,91 +139,83 @@ class Plan:
         weight = 0 if self.s.lora_rank else stream * C
         return 4 * C + weight + self.m * C * (readers if self.cast else min(readers, 1))
 
+    def per_token(self, config: Any, stream: int, readers: int, attention: int) -> int:
+        """Of a layer, what the backward pass needs of the forward pass: two norms; so many tensors of the attention and its
+        log-sums; of the MLP gate, silu(gate), up and their product.  readers: of the first norm"""
+        C, I, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        norms = self.norm(C, readers, stream) + self.norm(C, 2, stream)
+        return norms + attention * self.m * C + 4 * H + 4 * self.m * I
+
     def text_layer(self, groups: int) -> float:
-        """What the backward pass of a decoder layer needs of its forward, for a packed row of `groups` prompts."""
-        (P, T), (C, I, H), G, m = (self.longest.P, self.longest.T), sizes(self.text), self.s.group_size, self.m
-        tokens, keys = groups * (P + G * (T - 1)), groups * (P + G * (P + T - 1))
-        attention = (
-            2 * m * C + 4 * H + (0 if self.gpu else m * C)
-        )  # queries, output (on a CPU put together anew), log-sums
-        mlp = 4 * m * I  # gate, silu(gate), up, their product
-        gathered = keys * 2 * m * self.text.num_key_value_heads * (C // H)  # each answer's prompt beside its own
+        """Of a packed row of `groups` prompts."""
+        (P, _, T), G = self.longest, self.s.group_size
+        # Kept of the attention: queries, output; on a CPU the output is put together anew.
+        tokens = groups * self.group * self.per_token(self.text, self.stream, 3, 2 if self.gpu else 3)
+        keys = groups * (P + G * (P + T - 1))  # gathered: each answer's prompt beside its own
+        head = self.text.hidden_size // self.text.num_attention_heads
         mask = 0 if self.gpu else 4 * groups * G * (T - 1) * (P + T - 1)
-        return (
-            tokens * (self.norm(C, 3, self.stream) + self.norm(C, 2, self.stream) + attention + mlp) + gathered + mask
-        )
+        return tokens + keys * 2 * self.m * self.text.num_key_value_heads * head + mask
 
     def vision_block(self, groups: int) -> float:
-        C, I, H = sizes(self.vision)
-        attention = 6 * self.m * C + 4 * H  # queries, keys and values as projected; queries and keys rotated; output
-        norms = self.norm(C, 1, self.m) + self.norm(C, 2, self.m)  # between blocks it is as the patches: bf16 on a GPU
-        return groups * self.longest.S * (norms + attention + 4 * self.m * I)
+        # Queries, keys and values as projected; queries and keys rotated; output. Between blocks it is as the patches: bf16 on a GPU.
+        return groups * self.longest.S * self.per_token(self.vision, self.m, 1, 6)
 
-    def activations(self, groups: int, checkpointing: bool) -> float:
-        """All that is kept from the forward to the backward pass of a packed row."""
-        (P, T, S), C, c, G = (
-            (self.longest.P, self.longest.T, self.longest.S), self.text.hidden_size, self.vision.hidden_size, self.s.group_size,
-        )  # fmt: skip
-        tokens, patches, stream = groups * (P + G * (T - 1)), groups * S, self.stream
-        # With checkpointing a layer keeps its input. The last norm and what the head reads are kept either way.
-        layer = tokens * stream * C if checkpointing else self.text_layer(groups)
-        kept = self.text.num_hidden_layers * layer + tokens * self.norm(C, 0, stream) + groups * G * T * stream * C
+    def activations(self, groups: int) -> float:
+        """All that is kept from the forward to the backward pass of a packed row. With checkpointing a layer keeps its input."""
+        checkpointing = self.s.activation_checkpointing
+        C, c = self.text.hidden_size, self.vision.hidden_size
+        tokens, patches = groups * self.group, groups * self.longest.S
+        layer = tokens * self.stream * C if checkpointing else self.text_layer(groups)
+        head = tokens * self.norm(C, 0, self.stream) + groups * self.s.group_size * self.longest.T * self.stream * C
+        kept = self.text.num_hidden_layers * layer + head  # the last norm, and what the head reads
         if self.vision_trained:
             block = patches * self.m * c if checkpointing else self.vision_block(groups)
             merger = patches * (self.norm(c, 1, self.m) + 2 * self.m * c)
-            pixels = 0 if self.s.lora_rank else patches * self.patch() * self.m
+            pixels = 0 if self.s.lora_rank else patches * self.patch * self.m
             kept += self.vision.depth * block + merger + pixels
         if self.cast and not checkpointing:  # autocast's bf16 copies of the weights stay for the backward pass
             kept += 2 * self.linear
         return kept
 
-    def update(self, groups: int, checkpointing: bool) -> float:
+    def update(self, groups: int) -> float:
         """Activations, and the most of what comes and goes: the head's logits, or a layer and its gradients."""
-        text, vision, full = self.text, self.vision, self.s.lora_rank == 0
-        answers = groups * self.s.group_size * self.longest.T
+        text, vision, s = self.text, self.vision, self.s
+        full, again = s.lora_rank == 0, s.activation_checkpointing  # all weights are trained; a layer is run again
+        answers = groups * s.group_size * self.longest.T
         # A chunk of logits: four float32 tensors, and the head's own output. Its weight's bf16 copy and two gradients.
         chunk = min(max(rarl.HEAD_ELEMENTS, text.vocab_size), answers * text.vocab_size)
         head = (16 + self.m) * chunk + full * 8 * self.root
-        tokens = groups * self.group()
         gradients = lambda n, x: n * (3 * self.m * x.intermediate_size + 8 * x.hidden_size)
-        blocks = gradients(tokens, text), self.vision_trained * gradients(groups * self.longest.S, vision)
-        if checkpointing:
-            blocks = blocks[0] + self.text_layer(groups), blocks[1] + self.vision_trained * self.vision_block(groups)
+        decoder = gradients(groups * self.group, text) + again * self.text_layer(groups)
+        tower = gradients(groups * self.longest.S, vision) + again * self.vision_block(groups)
         # The weights of two layers as gathered (or cast), and the gradients of one: bf16 and, to be summed, float32.
-        layer = max(blocks) + full * 10 * self.layer
+        layer = max(decoder, self.vision_trained * tower) + full * 10 * self.layer
         gathered_root = 2 * self.root if full and self.W > 1 else 0
-        return self.activations(groups, checkpointing) + gathered_root + max(head, layer)
+        return self.activations(groups) + gathered_root + max(head, layer)
 
     # All of it
 
     def passing(self) -> dict[str, float]:
         """What comes and goes: one of these beside the state."""
-        s, own = self.s, min(self.s.rollout_batch, self.prompts)
+        s = self.s
+        batch, tokens = f"--rollout-batch {s.rollout_batch}", f"--max-tokens-per-forward {s.max_tokens_per_forward}"
         return {
-            "rollout": self.rollout(own, s.group_size),
-            "evaluation": self.rollout(s.rollout_batch, 1),
-            "update": self.update(self.groups(), s.activation_checkpointing),
+            f"rollout, {batch}": self.rollout(min(s.rollout_batch, self.prompts), s.group_size),
+            f"evaluation, {batch}": self.rollout(s.rollout_batch, 1),
+            f"update, {tokens}": self.update(self.groups),
         }
-
-    def groups(self) -> int:
-        """Of them the update packs so many into a forward."""
-        return max(1, min(self.s.max_tokens_per_forward // self.group(), self.prompts))
-
-    def group(self) -> int:
-        """Tokens of a prompt and its answers in the update."""
-        return self.longest.P + self.s.group_size * (self.longest.T - 1)
 
     def peak(self) -> float:
         return sum(self.state().values()) + max(self.passing().values())
 
-    def most_prompts(self, room: float) -> int:
-        """The largest --rollout-batch for which rollout and evaluation fit."""
-        G = self.s.group_size
-        return largest(lambda n: max(self.rollout(n, G), self.rollout(n, 1)) <= room, self.prompts)
-
-    def most_tokens(self, room: float, checkpointing: bool) -> int:
-        """The largest --max-tokens-per-forward."""
-        return largest(lambda n: self.update(n, checkpointing) <= room, self.prompts) * self.group()
+    def fit(self, card: float) -> tuple[int, int, float]:
+        """The largest --rollout-batch and --max-tokens-per-forward for a card of so many bytes, 0 where not even one prompt
+        fits; and the bytes that one prompt lacks, if positive."""
+        room, G = card - RESERVE - sum(self.state().values()), self.s.group_size
+        numbers = range(1, self.prompts + 1)
+        prompts = max((n for n in numbers if max(self.rollout(n, G), self.rollout(n, 1)) <= room), default=0)
+        groups = max((n for n in numbers if self.update(n) <= room), default=0)
+        return prompts, groups * self.group, max(self.rollout(1, G), self.update(1)) - room
 
     # Beside the GPU
 
@@ -242,25 +225,30 @@ class Plan:
         loading = self.weights * (2 if self.s.lora_rank else 4)
         saving = best + (4 * self.trained if self.s.lora_rank else 4 * self.weights)
         moments = 8 * self.trained if self.s.offload else 0
-        files = 2 * min(FILE, self.checkpoint())  # of a checkpoint one is made in memory: its tensors, its bytes
-        return self.W * (PROCESS + (AHEAD + 1) * self.pixels() + files) + moments + max(loading, saving)
+        return self.W * (PROCESS + (AHEAD + 1) * self.pixels) + moments + max(loading, saving)
 
     def checkpoint(self) -> float:
         """Trained weights and their two moments in float32, and those of the best policy once there is one."""
         return (16 if self.s.validate_every else 12) * self.trained
 
 
-def sizes(config: Any) -> tuple[int, int, int]:
-    return config.hidden_size, config.intermediate_size, config.num_attention_heads
+def without_weights(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # rarl's own is set when there are weights
+    with torch.device("meta"):
+        return Backbone(config)
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits; 0 if none does. By bisection: where n fits, so does less."""
-    return bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())  # a shared one counts once
 
 
-def read_model(path: str | Path) -> Any:
-    """The model of a folder or hub id, without weights. Of an adapter, its base. Raises ModelError."""
+# --------------------------------------------------------------------------------------------------------------------
+# What the plan is made from
+
+
+def read_config(path: str | Path) -> Any:
+    """config.json of a model's folder or hub id; of an adapter, its base's. Raises ModelError."""
     rarl.check_path(str(path))
     try:
         if (Path(path) / lora.CONFIG).is_file():
@@ -268,84 +256,79 @@ def read_model(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"the model is a {config.model_type}, and this code runs qwen2_5_vl")
-        text, vision = config.text_config, config.vision_config
-        counts = (text.num_key_value_heads, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-        if min(*sizes(text), *sizes(vision), *counts) < 1:
-            raise ValueError("a size in it is not positive")
-        with torch.device("meta"):
-            return Backbone(config)
+        return config
     except Exception as error:  # damaged JSON makes transformers raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise rarl.ModelError(f"model {path}: cannot read config.json ({reason}): the plan needs that file") from None
 
 
-def longest_prompt(s: Settings, model: Any, items: Sequence[data.Item] | None = None) -> Longest:
-    """From the sizes of the training images (`items`; None: they are read), or without --data-root from --max-pixels alone.
+def training_items(s: Settings, most: int) -> list[data.Item]:
+    """The training images; without --data-root one of `most` pixels, with a label of five digits."""
+    if s.data in DRAWN or s.data_root:
+        return load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
+    if s.data not in READERS:
+        raise data.DataError(f"--data {s.data} is unknown: choose one of {', '.join([*DRAWN, *READERS])}")
+    task = READERS[s.data][1]
+    task = dataclasses.replace(task, decimals=3) if task.decimals < 0 else task  # unknown without labels
+    side = math.isqrt(most)
+    return [data.Item("", 1e4, task, lambda: Image.new("L", (side, side)))]
+
+
+def longest_prompt(s: Settings, config: Any, items: Sequence[data.Item] | None = None) -> Longest:
+    """From the sizes and labels of `items`; None: those of `training_items`.
 
     No tokenizer is asked: three letters of a question are taken for a token, two of an answer (in JSON each digit is one).
     """
-    vision = model.config.vision_config
-    merge, edge = vision.spatial_merge_size, vision.spatial_merge_size * vision.patch_size
+    merge = config.vision_config.spatial_merge_size
+    edge = merge * config.vision_config.patch_size
     most = s.max_pixels or 16384 * edge**2  # what Qwen's own preprocessor_config.json allows
+    items = items or training_items(s, most)
     n = 1 if s.stage == 1 else max(s.images)
-    if items is None:
-        items = []
-        if s.data in DRAWN or s.data_root:
-            items = load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
-        elif s.data not in READERS:
-            raise data.DataError(f"--data {s.data} is unknown: choose one of {', '.join([*DRAWN, *READERS])}")
-    tokens = 0 if items else most // edge**2
-    for item in items[:100] if s.data in DRAWN else items:  # drawings have one size
-        if tokens < most // edge**2:
-            width, height = size_of(item)
-            height, width = data.smart_size(height, width, edge, 56 * 56, most)
-            tokens = max(tokens, height * width // edge**2)
-    # Of each task the labels that take the most letters.
-    labels: dict[data.Task, list[float]] = {} if items else {READERS[s.data][1]: [1e4]}
-    for item in items:
-        labels.setdefault(item.task, []).append(item.label)
-    ends = [
-        data.Item("", x, task, lambda: Image.new("RGB", (1, 1)))
-        for task, some in labels.items()
-        for x in (min(some), max(some))
-    ]
-    question = max(len(s.question or data.question_text(task, n)) for task in labels)
+    tokens = 0  # of the largest image
+    for item in items[:1] if s.data in DRAWN else items:  # drawings have one size
+        width, height = size_of(item)
+        height, width = data.smart_size(height, width, edge, 56 * 56, most)
+        tokens = max(tokens, height * width // edge**2)
+        if tokens == most // edge**2:
+            break
+    pools, label = data.make_pools(list(items), 1), lambda item: item.label
+    question = max(len(s.question or data.question_text(task, n)) for task in pools)
     P = n * (tokens + 9) + question // 3 + 24  # 9: "Image 1: " and the image's marks; 24: the chat's
+    ends = [end(pool, key=label) for pool in pools.values() for end in (min, max)]  # labels of the most letters
     guess = SimpleNamespace(tokenizer=lambda texts: {"input_ids": [text[::2] for text in texts]})
     T = s.max_new_tokens or data.max_answer_tokens(guess, [data.Sample((item,) * n) for item in ends])
     return Longest(P, n * tokens * merge**2, T)
 
 
-def shapes(model: Any) -> Any:
-    """The model without weights and adapters."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"  # rarl's own is set when there are weights
-    with torch.device("meta"):
-        return Backbone(config)
+def size_of(item: data.Item) -> tuple[int, int]:
+    if item.path is None or not item.path.is_file():  # drawn, or a row of a file
+        return item.image().size
+    with Image.open(item.path) as image:  # reads no more than its header
+        return image.size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In a run
 
 
 def filled_in(s: Settings, model: Any, items: Sequence[data.Item], world: World) -> Settings:
     """The settings with the largest --rollout-batch and --max-tokens-per-forward that fit this card, where they are 0.
 
-    On a CPU: the defaults, as far as they go. Raises SettingError if nothing fits.
+    On a CPU: the defaults. Raises SettingError if nothing fits.
     """
-    if s.rollout_batch and s.max_tokens_per_forward:
-        return s
-    if world.device.type == "cuda":
-        plan, card = Plan(shapes(model), s, longest_prompt(s, model, items), world.size), card_bytes(world)
-        room = card - RESERVE - sum(plan.state().values())
-        batch = s.rollout_batch or plan.most_prompts(room)
-        tokens = s.max_tokens_per_forward or plan.most_tokens(room, s.activation_checkpointing)
-        if not (batch and tokens):
-            least = max(plan.rollout(1, s.group_size), plan.update(1, s.activation_checkpointing))
-            raise SettingError(
-                f"not even one prompt fits this card of {card / GB:.0f} GB: by the plan {(least - room) / GB:.1f} GB are missing "
-                "(python -m support.learner.plan says for what)"
-            )
-        if world.main:
-            print(f"by the memory plan: --rollout-batch {batch} --max-tokens-per-forward {tokens}", file=sys.stderr)
-        return dataclasses.replace(s, rollout_batch=batch, max_tokens_per_forward=tokens)
-    return with_usual_batches(s)
+    if world.device.type != "cuda" or (s.rollout_batch and s.max_tokens_per_forward):
+        return with_usual_batches(s)
+    plan, card = Plan(model.config, s, longest_prompt(s, model.config, items), world.size), card_bytes(world)
+    prompts, tokens, missing = plan.fit(card)
+    if missing > 0:
+        raise SettingError(
+            f"not even one prompt fits this card of {card / GB:.0f} GB: by the plan {missing / GB:.1f} GB are missing "
+            "(python -m support.learner.plan says for what)"
+        )
+    prompts, tokens = s.rollout_batch or prompts, s.max_tokens_per_forward or tokens
+    if world.main:
+        print(f"by the memory plan: --rollout-batch {prompts} --max-tokens-per-forward {tokens}", file=sys.stderr)
+    return dataclasses.replace(s, rollout_batch=prompts, max_tokens_per_forward=tokens)
 
 
 def with_usual_batches(s: Settings) -> Settings:
@@ -363,59 +346,41 @@ def card_bytes(world: World) -> int:
 def beside_the_plan(s: Settings, model: Any, prompts: Sequence[rarl.Prompt], T: int, world: World) -> str:
     """The most that this process has had on its GPU, and what the plan says of such a step."""
     longest = Longest(max(len(p.ids) for p in prompts), max(int(p.grid.prod(1).sum()) for p in prompts), T)
-    planned, real = Plan(shapes(model), s, longest, world.size).peak(), torch.cuda.max_memory_allocated(world.device)
+    planned, real = Plan(model.config, s, longest, world.size).peak(), torch.cuda.max_memory_allocated(world.device)
     return f"GPU memory after the first step: at most {real / GB:.1f} GB so far, by the plan {planned / GB:.1f} GB"
 
 
-def size_of(item: data.Item) -> tuple[int, int]:
-    if item.path is None or not item.path.is_file():  # drawn, or a row of a file
-        return item.image().size
-    try:
-        with Image.open(item.path) as image:  # its header
-            return image.size
-    except Exception as error:  # on broken bytes the decoders raise whatever they happen to run into
-        raise data.DataError(f"image file {item.path} cannot be read ({error}): replace it or take it out") from None
+# --------------------------------------------------------------------------------------------------------------------
+# The command
 
 
-def column(plan: Plan, card: float) -> tuple[dict[str, str], str]:
-    """The figures of one number of processes, and the sentence about it if nothing fits a card of so many GB."""
-    s, state = plan.s, plan.state()
-    room = card * GB - RESERVE - sum(state.values())
-    passing = plan.passing()
-    gb = lambda x: f"{x / GB:.1f}" if x >= 0.05 * GB else f"{x / GB:.2g}"
-    rows = {name: gb(x) for name, x in state.items()}
-    rows |= {
-        f"rollout, --rollout-batch {s.rollout_batch}": gb(passing["rollout"]),
-        "  of that, its cache": gb(plan.cache(min(s.rollout_batch, plan.prompts), s.group_size)),
-        f"evaluation, --rollout-batch {s.rollout_batch}": gb(passing["evaluation"]),
-    }
-    fit = {"largest --rollout-batch": plan.most_prompts(room)}
-    for how, checkpointing in (("with", True), ("without", False)):
-        row = f"update, --max-tokens-per-forward {s.max_tokens_per_forward}, {how} *"
-        rows[row] = gb(plan.update(plan.groups(), checkpointing))
-        fit[f"largest --max-tokens-per-forward, {how} *"] = plan.most_tokens(room, checkpointing)
-    rows |= {"all at once, at most": gb(plan.peak())}
-    rows |= {name: str(x) if x else "-" for name, x in fit.items()}
-    rows |= {"host memory of all processes": gb(plan.host()), "a checkpoint": gb(plan.checkpoint())}
-    least = max(plan.rollout(1, s.group_size), plan.update(1, True))
-    what = f"{plan.W} process{'es' * (plan.W > 1)}"
-    return rows, f"{what}: {(least - room) / GB:.1f} GB too much for a {card:g} GB card" if least > room else ""
+def column(plan: Plan, card: float) -> dict[str, str]:
+    """The figures of one number of processes, for cards of so many bytes."""
+    figures = plan.state() | plan.passing()
+    figures["all at once, at most"] = plan.peak()
+    figures["host memory of all processes"] = plan.host()
+    figures["a checkpoint"] = plan.checkpoint()
+    shown = {name: f"{x / GB:.1f}" if x >= 0.05 * GB else f"{x / GB:.2g}" for name, x in figures.items()}
+    prompts, tokens, missing = plan.fit(card)
+    shown["largest --rollout-batch"] = str(prompts or "-")
+    shown["largest --max-tokens-per-forward"] = str(tokens or "-")
+    shown[f"too much for a card of {card / GB:g} GB"] = f"{missing / GB:.1f}" if missing > 0 else "-"
+    return shown
 
 
 def plan_text(s: Settings, path: str | Path, card: float) -> str:
     """The table that is printed, for cards of so many GB. Raises ModelError or DataError."""
-    model = read_model(path)
-    longest = longest_prompt(s, model)
-    plans = [Plan(model, s, longest, W) for W in (PROCESSES[:1] if s.offload else PROCESSES)]
-    columns = [column(plan, card) for plan in plans]
+    config = read_config(path)
+    longest = longest_prompt(s, config)
+    plans = [Plan(config, s, longest, W) for W in (PROCESSES[:1] if s.offload else PROCESSES)]
+    columns = [column(plan, card * GB) for plan in plans]
     table = [["GB per GPU, computed, not measured", *(f"W = {plan.W}" for plan in plans)]]
-    table += [[name, *(rows[name] for rows, _ in columns)] for name in columns[0][0]]
+    table += [[name, *(figures[name] for figures in columns)] for name in columns[0]]
     head = (
         f"{s.model}: {plans[0].weights / 1e9:.2f} B parameters, {plans[0].trained / 1e9:.3g} B of them trained; "
         f"the longest prompt has {longest.P} tokens ({longest.S} patches), the longest answer {longest.T}"
     )
-    notes = [f'* --activation-checkpointing; "-": not even one prompt fits a card of {card:g} GB']
-    return "\n".join([head, "", format_table(table), *notes, *(said for _, said in columns if said)])
+    return f"{head}\n\n{format_table(table)}"
 
 
 def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
@@ -428,8 +393,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
     own, others = parser.parse_known_args(argv)
     if not 0 < own.gpu_memory < math.inf:
         raise SettingError(f"--gpu-memory {own.gpu_memory} must be positive and finite")
-    s = parse_settings(others, needed=("model",))
-    return with_usual_batches(s), own.gpu_memory  # of what is 0 the table names the largest
+    return with_usual_batches(parse_settings(others, needed=("model",))), own.gpu_memory
 
 
 def main(argv: list[str] | None = None) -> None:
