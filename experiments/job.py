@@ -19,29 +19,31 @@ class Job:
     """Work of one shape. `ids` (N, T) are random answers, `advantages` (N,) are random too: only the work is measured."""
 
     policy: rarl.Policy
-    rollout_policy: rarl.Policy  # what samples: the policy itself, or its copy in bfloat16
-    reference: rarl.Policy | None
-    optimizer: torch.optim.Optimizer
+    sampler: rarl.Policy  # the policy itself, or its copy in bfloat16; it is the reference too, whose work is the same
     prompts: list[Prompt]
     ids: Tensor
     advantages: Tensor
     micro: int  # prompts in one forward of the update
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        # lr is tiny: a step must cost what it costs, and leave the weights (nearly) what they were.
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
+
     @property
     def G(self) -> int:
         return len(self.ids) // len(self.prompts)
 
     def use(self, way: str) -> None:
-        for policy in filter(None, (self.policy, self.rollout_policy, self.reference)):
+        for policy in (self.policy, self.sampler):
             set_way(policy, way)
 
     def rollout(self, way: str) -> Tensor:
         if way == "ours":
-            return rarl.generate(self.rollout_policy, self.prompts, self.G, self.ids.shape[1]).ids
-        return usual_generate(self.rollout_policy, self.prompts, self.G, self.ids.shape[1])
+            return rarl.generate(self.sampler, self.prompts, self.G, self.ids.shape[1]).ids
+        return usual_generate(self.sampler, self.prompts, self.G, self.ids.shape[1])
 
-    def update(self, way: str, reference: rarl.Policy | None = None) -> list[Tensor]:
+    def update(self, way: str, with_kl: bool = False) -> list[Tensor]:
         """Gradients of the GRPO loss, added to .grad. -> log-probs, micro-batch by micro-batch"""
         logprobs = rarl.logprobs if way == "ours" else usual_logprobs
         self.policy.train(self.policy.model.is_activation_checkpointing)  # it needs training mode; Qwen has no dropout
@@ -53,9 +55,9 @@ class Job:
             ids, mask, ref_logp = self.ids[rows], torch.ones_like(self.ids[rows], dtype=torch.bool), None
             with amp:
                 logp, _ = logprobs(self.policy, prompts, ids, mask)
-                if reference is not None:
+                if with_kl:
                     with torch.no_grad():
-                        ref_logp, _ = logprobs(reference, prompts, ids, mask)
+                        ref_logp, _ = logprobs(self.sampler, prompts, ids, mask)
             loss, _ = grpo.grpo_loss(logp, None, ref_logp, self.advantages[rows], mask, denominator=len(self.ids))
             loss.backward()
             logps.append(logp.detach())
@@ -63,20 +65,20 @@ class Job:
         return logps
 
     @torch.no_grad()
-    def score(self, way: str) -> None:
+    def reference(self, way: str) -> None:
         """Log-probs of the reference, without gradient."""
         logprobs = rarl.logprobs if way == "ours" else usual_logprobs
         for b in range(0, len(self.prompts), self.micro):
             ids = self.ids[b * self.G : (b + self.micro) * self.G]
             prompts, mask = self.prompts[b : b + self.micro], torch.ones_like(ids, dtype=torch.bool)
-            logprobs(self.reference or self.rollout_policy, prompts, ids, mask)
+            logprobs(self.sampler, prompts, ids, mask)
 
     def step(self, way: str) -> None:
-        if self.rollout_policy is not self.policy:
+        if self.sampler is not self.policy:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.rollout_policy.parameters()), list(self.policy.parameters()))
+                torch._foreach_copy_(list(self.sampler.parameters()), list(self.policy.parameters()))
         self.rollout(way)  # the update then scores `ids`, not what was sampled: the same answers in both ways
-        self.update(way, self.reference)
+        self.update(way, with_kl=True)
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -86,7 +88,7 @@ class Job:
 
 
 def compare_ways(job: Job) -> dict[str, float]:
-    """How far ours is from the usual way: log-probs of sampled answers, log-probs and gradients of the update."""
+    """How far ours is from the usual way, relative."""
     logps: dict[str, Tensor] = {}
     ours: list[Tensor] = []  # gradients
     for way in WAYS:
@@ -99,14 +101,14 @@ def compare_ways(job: Job) -> dict[str, float]:
     with torch.no_grad():
         few = job.prompts[: job.micro]
         job.use("ours")
-        rollout = rarl.generate(job.rollout_policy, few, job.G, job.ids.shape[1])
+        rollout = rarl.generate(job.sampler, few, job.G, job.ids.shape[1])
         job.use("usual")
-        expected, _ = usual_logprobs(job.rollout_policy, few, rollout.ids, rollout.mask)
+        expected, _ = usual_logprobs(job.sampler, few, rollout.ids, rollout.mask)
     job.optimizer.zero_grad(set_to_none=False)
     return {
-        "logp": _gap(logps["ours"], logps["usual"]),
-        "gradient": difference / usual,
-        "rollout_logp": _gap(rollout.logp, expected),
+        "log-probs": _gap(logps["ours"], logps["usual"]),
+        "of sampled answers": _gap(rollout.logp, expected),
+        "gradients": difference / usual,
     }
 
 
@@ -120,9 +122,9 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs() / b.abs().clamp(min=1)).max().item()
 
 
-def noise_prompts(policy: rarl.Policy, B: int, images: int, pixels: int, seed: int) -> list[Prompt]:
+def noise_prompts(policy: rarl.Policy, B: int, images: int, pixels: int) -> list[Prompt]:
     """Prompts of slightly different lengths: text, noise images with their marks, text."""
-    config, rng = policy.model.config, torch.Generator().manual_seed(seed)
+    config, rng = policy.model.config, torch.Generator().manual_seed(0)
     side = pixels // config.vision_config.patch_size
     width = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
     text = (~policy.banned.cpu()).nonzero().flatten()

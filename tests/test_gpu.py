@@ -189,18 +189,13 @@ def test_a_step_is_that_of_the_cpu(policy_folder, samples, more):
     assert agree > 0.8
 
 
-def test_bench_measures_both_ways(policy_folder, tmp_path, monkeypatch):
-    shape = (
-        "--prompts 2 --images 1 --pixels 56 --group 2 --tokens 2 --repeats 1 --micro 2 --parts rollout reference update"
-    )
-    if not REAL:  # products of 8192 x 8192 and copies of 1 GB would take a CPU minutes
-        monkeypatch.setattr(bench, "matmul_peak", lambda *args: 1e10)
-        monkeypatch.setattr(bench, "bandwidth", lambda *args: 1e10)
-    file = tmp_path / "b.json"
-    assert bench.bench([*shape.split(), "--device", "cuda", "--model", str(policy_folder), "--json", str(file)]) == 0
-    for part, r in json.loads(file.read_text())["runs"][0]["results"].items():
-        expected = {"median", "min", "max", "tokens_per_second", "of_peak", "peak"} | {"of_bandwidth"} & {f"of_{part}"}
-        assert expected <= r["ours"].keys() and expected <= r["usual"].keys()
+def test_bench_measures_both_ways(policy_folder, monkeypatch, capsys):
+    shape = "--prompts 2 --images 1 --pixels 56 --group 2 --tokens 2 --repeats 1 --micro 2"
+    if not REAL:  # the pretended one counts no memory
+        monkeypatch.setattr(bench, "peak_bytes", lambda *args: 1e6)
+    assert bench.bench([*shape.split(), "--device", "cuda", "--model", str(policy_folder)]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " x" in line]
+    assert rows == ["rollout", "reference", "update", "memory"]  # what fits beside both ways at 3B
 
 
 @real
