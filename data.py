@@ -132,14 +132,14 @@ class Pool(list[Item]):
 
 
 def draw_sample(
-    pools: dict[Task, Pool], num_images: int, rng: random.Random, weights: dict[Task, list[float]] | None = None
+    pools: dict[Task, Pool], num_images: int, rng: random.Random, cumulative: dict[Task, list[float]] | None = None
 ) -> Sample:
     """n items of one task, with different labels where the task has enough of them.
 
     Two equal labels make no comparable pair, so they teach nothing about order. A task is drawn in proportion to its
     items, among those that have n at all and, for n > 1, two different labels; only where no task has, another.
 
-    weights  of each task, the cumulative weights of its items; None draws all items alike
+    cumulative  of each task, the cumulative weights of its items; None draws all items alike
     """
     tasks = [task for task, items in pools.items() if len(items) >= num_images]
     if num_images > 1:
@@ -148,7 +148,7 @@ def draw_sample(
     items = pools[task]
     chosen: dict[str, Item] = {}
     seen: set[float] = set()
-    candidates = [rng.choices(items, cum_weights=weights[task], k=32 * num_images)] if weights else []
+    candidates = [rng.choices(items, cum_weights=cumulative[task], k=32 * num_images)] if cumulative else []
     candidates += [rng.sample(items, min(len(items), 32 * num_images)) for _ in range(2)]
     for k, some in enumerate(candidates):
         different = k < len(candidates) - 1  # last pass: the labels ran out, so take any other item
@@ -210,7 +210,7 @@ class Sampler:
             raise DataError("the training split is empty: check --data-root")
         self.items, self.images, self.batch_size, self.seed = items, images, batch_size, seed
         self.pools = make_pools(items, max(images))
-        self.weights = weights and {task: list(accumulate(some)) for task, some in weights.items()}
+        self.cumulative = weights and {task: list(accumulate(some)) for task, some in weights.items()}
 
     def batch(self, step: int) -> list[Sample]:
         """The `batch_size` samples of step `step` (0, 1, ...)."""
@@ -219,12 +219,12 @@ class Sampler:
         order = list(self.images)
         random.Random(f"images {self.seed} {cycle}").shuffle(order)
         num_images = order[place]
-        if num_images == 1 and self.weights is None:
+        if num_images == 1 and self.cumulative is None:
             # Epochs: where all steps have one image, every item once before any item twice.
             first = step * self.batch_size
             return [Sample((self._epoch_item(first + i),)) for i in range(self.batch_size)]
         rng = random.Random(f"samples {self.seed} {step}")
-        return [draw_sample(self.pools, num_images, rng, self.weights) for _ in range(self.batch_size)]
+        return [draw_sample(self.pools, num_images, rng, self.cumulative) for _ in range(self.batch_size)]
 
     def _epoch_item(self, position: int) -> Item:
         epoch, index = divmod(position, len(self.items))
@@ -260,8 +260,10 @@ def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
 
 
 def image_patches(image: Image.Image, processor) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """An RGB image as the rows that the vision tower reads, still as bytes: Qwen2VLImageProcessor's output before it
-    rescales, normalises and makes a film of two equal frames of it, which rarl.py does where it multiplies them.
+    """An RGB image as uint8 patches, in the order in which the vision tower reads them.
+
+    Qwen2VLImageProcessor also rescales and normalises each patch and doubles it (a film of two equal frames). Here rarl.py
+    does that, in `float_patches`, so that an eighth of the bytes travels.
 
     processor  has patch_size, merge_size, size {shortest_edge, longest_edge} (areas in pixels, whatever the names say)
                and resample

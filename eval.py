@@ -12,16 +12,18 @@ A policy that train.py saved is asked the question that it was trained on (suppo
 (arXiv 2601.20585) reports MAE and tau on UTKFace, accuracy and tau on COCO-REM, SRCC on AVA.
 
 How to read a table:
-1. Look at `valid` first. Every metric but `valid`, `strict` and `R_reg` is over the valid answers alone, so a policy
-   that answers only what it finds easy looks good in them. Compare policies only where `valid` is about the same.
+1. Look at `valid` first. Every column but `valid`, `n` and `R_reg` is of the valid answers alone, so a policy that answers only what it finds easy looks good in them. Compare policies only where `valid` is about the same.
 2. `tau` is Kendall's tau of the listed order within one prompt, averaged over prompts. `tau_values` is the tau of the
    order that the values imply; equal values share a place. Both rest on `n (tau)` prompts: those with a valid answer
    and with two different labels. Lists and values are written apart, so a policy may sort well and count badly.
-3. MAE, accuracy, SRCC, PLCC and tau_b pool all (value, label) pairs of all prompts, as if each image had been asked
+3. MAE, accuracy, SRCC and PLCC pool all (value, label) pairs of all prompts, as if each image had been asked
    alone. They never look at the listed order.
 4. The last rows are policies that look at no image: the best constant by R_reg and by MAE (the median), both found on
-   the labels of the training split, task by task; and the images listed in the order of the prompt.
+   the labels of the training split, task by task (behind the colon stands the constant); and the images listed in the
+   order of the prompt.
 5. Decoding is greedy and the samples are fixed by the seed, so a run can be repeated.
+6. `+-95%` is half the 95 % interval of the number on its left, over other prompts, not over other training runs. `-` is
+   undefined, or rests on too few answers. results.json has more metrics (`summarize`).
 """
 
 from support.run.quiet_end import abandon_broken_stdout  # first: Ctrl-C during the slow imports below is one line
@@ -112,8 +114,8 @@ def tau_b(values: Numbers, labels: Numbers) -> float:
     """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in values * pairs untied in labels).
     [-1, 1]; nan with fewer than two pairs or where either side is constant. O(M^2) time, O(M) memory."""
     agreement, untied_values, untied_labels = _agreement(values, labels)
-    # Each pair was met twice in all three sums, which cancels. The roots apart: exactly 1 for equal orders.
-    scale = math.sqrt(untied_values) * math.sqrt(untied_labels)
+    # Each pair was met twice in all three sums, which cancels. One root of the product: exactly 1 for equal orders.
+    scale = math.sqrt(untied_values * untied_labels)
     return float(np.clip(agreement / scale, -1, 1)) if scale else math.nan
 
 

@@ -14,11 +14,11 @@ Sources: DeepSeekMath (arXiv 2402.03300, section 4.1) and RARL (arXiv 2601.20585
 Choices and differences:
 1. std is the population's (over G, not G - 1), and eps is added to it. A group whose rewards are all equal gets
    exact zeros.
-2. The lower and the upper clip bound are two settings. By default they are equal, as in DeepSeekMath.
+2. The lower and the upper clip bound are two arguments. train.py sets both by --clip, as in DeepSeekMath.
    clip_high > clip_low is DAPO's "clip-higher" (arXiv 2503.14476), which lets unlikely tokens grow.
 3. normalize="sequence" is DeepSeekMath's mean of means: all answers weigh the same, so a token of a short answer
    weighs more. normalize="token" is DAPO's: all tokens weigh the same. The summaries of RARL do not say which.
-4. Above a log-ratio of 10, exp is continued by its tangent (`bounded_exp`). Such ratios come from answers that the
+4. Above a log-ratio of 10 (BOUND), exp is continued by its tangent (`bounded_exp`). Such ratios come from answers that the
    policy did not sample, such as the mutated ones of rmo.py.
 5. `denominator` normalises by the whole batch where a call sees only a part of it.
 6. pi_old is the policy before the first update on a rollout, scored by the same forward as pi_theta. The log-probs
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 BETA = 0.04  # weight of the KL; our choice, DeepSeekMath's too
+BOUND = 10.0  # see `bounded_exp`; our choice
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -42,17 +43,17 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def bounded_exp(x: Tensor, bound: float = 10.0) -> Tensor:
-    """exp(x) up to `bound`, and above it the tangent of exp at `bound`: increasing, with a continuous gradient.
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x) up to x = BOUND, and above it the tangent of exp at BOUND: increasing, with a continuous gradient.
 
-    A clamp would be finite too, but its gradient is 0 above the bound. So nothing would pull the policy back where
+    A clamp would be finite too, but its gradient is 0 above BOUND. So nothing would pull the policy back where
     it is furthest from the reference. Here the gradient stops growing (at e^10 = 22026) and does not vanish.
     Very negative x need no bound, because exp goes to 0 there.
 
     >>> bounded_exp(torch.tensor([0.0, 10.0, 12.0])) / torch.e**10  # at 12 the tangent: e^10 (1 + 12 - 10)
     tensor([4.5400e-05, 1.0000e+00, 3.0000e+00])
     """
-    return x.clamp(max=bound).exp() * (1 + torch.relu(x - bound))
+    return x.clamp(max=BOUND).exp() * (1 + torch.relu(x - BOUND))
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
@@ -116,7 +117,8 @@ def grpo_loss(
     normalize           "sequence": mean over answers of their mean over tokens; "token": mean over all tokens
     denominator         how many answers ("sequence") or answer tokens ("token") the whole batch has; default:
                         this call's. With it, the losses of micro-batches add up to that of the batch. Where
-                        gradients are then averaged over W ranks (DDP, FSDP), pass count / W.
+                        gradients are then averaged over W ranks (DDP, FSDP), pass the count over all ranks,
+                        divided by W.
 
     Returns (loss, stats), 0-d tensors of float32 or better; stats are detached and still on the device:
       policy_loss          the loss less its KL term; adds up over micro-batches as the loss does
@@ -162,17 +164,17 @@ def grpo_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage  # (N, T)
     # min() keeps the worse of the two. So clipping can only remove the incentive to move further away from pi_old,
     # never the incentive to come back.
-    policy = -torch.minimum(unclipped, clipped)  # (N, T)
+    token_loss = -torch.minimum(unclipped, clipped)  # (N, T)
 
-    token = mask.to(logp.dtype)  # (N, T)  1 per answer token
-    length = token.sum(1, keepdim=True)  # (N, 1)
+    is_token = mask.to(logp.dtype)  # (N, T)  1 per answer token
+    length = is_token.sum(1, keepdim=True)  # (N, 1)
     num_tokens = length.sum()
-    weight = token / length.clamp(min=1) if normalize == "sequence" else token  # (N, T)
+    weight = is_token / length.clamp(min=1) if normalize == "sequence" else is_token  # (N, T)
     if denominator is None:
         denominator = len(logp) if normalize == "sequence" else num_tokens.clamp(min=1)
     weight = weight / denominator
 
-    loss = policy_loss = (weight * policy).sum()
+    loss = policy_loss = (weight * token_loss).sum()
     measured = {
         "ratio": ratio,
         "clip_low": (ratio < 1 - clip_low) & (advantage < 0),
@@ -182,5 +184,5 @@ def grpo_loss(
         measured["kl"] = kl_k3(logp, answers_only(ref_logp.detach()))  # (N, T)
         loss = loss + beta * (weight * measured["kl"]).sum()
 
-    stats = {name: (token * x.detach()).sum() / num_tokens.clamp(min=1) for name, x in measured.items()}
+    stats = {name: (is_token * x.detach()).sum() / num_tokens.clamp(min=1) for name, x in measured.items()}
     return loss, stats | {"policy_loss": policy_loss.detach(), "tokens": num_tokens}

@@ -7,12 +7,14 @@ prefills to sample, and G forwards over the prompt to score. Here the prompt is 
 
   1. `generate` runs vision and prefill once per prompt. While it decodes, the G queries of a group attend to the *one*
      copy of the prompt's keys and values and to their own, under one softmax.
-  2. `logprobs` runs a packed row, [prompt | answer 1 | ... | answer G], of one prompt or of several, without padding.
-     Positions restart at the prompt's end for every answer, and an answer attends to the prompt and to itself.
+  2. `logprobs` runs a packed row without padding: [prompt | answer 1 | ... | answer G], or of several prompts
+     [prompts | answers to prompt 1 | answers to prompt 2 | ...]. Positions restart at the prompt's end for every answer, and an answer attends to the prompt and to itself.
 
 Both are exact: the log-probs and gradients are those of G copies, for about 1/G of the work where prompts are long
 (images) and answers short (JSON). The two stand side by side below and share `prompt_inputs` (embeddings, positions),
 `answer_positions` and `sampling_logits` (temperature, tokens never sampled), so they cannot disagree on them.
+
+Importing this file switches cuDNN's attention off (see below) and registers two attention functions in transformers.
 
 Legend of shapes:  B prompts  G answers per prompt  N = B*G  P prompt tokens  T answer tokens  V vocabulary
                    C hidden size  H query heads  K key/value heads (H = K*R)  D head size  S image patches
@@ -107,7 +109,10 @@ class PatchEmbed(Qwen2_5_VisionPatchEmbed):
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL with its tokenizer and image processor. Calling it is `logprobs`, so that FSDP's root hooks run."""
+    """A Qwen2.5-VL with its tokenizer and image processor. Calling it is `logprobs`, so that FSDP's root hooks run.
+
+    It changes the model that it is given: its attention functions, its patch embedding, its generation_config.
+    """
 
     model: Any  # transformers' Qwen2_5_VLForConditionalGeneration
     eos_id: int
@@ -274,7 +279,7 @@ def cast_copy(
 
 # What `decode` puts at the end of an answer that was cut. It is a second JSON list, so reward.py finds no answer in the text:
 # a policy that lists everything and then goes on with white space to the limit has not learned to stop, and earns nothing.
-# The line break and the dots end whatever JSON the answer was cut in, a string or a list; else the mark might become part of it.
+# The line break and the dots end any string or list that the answer was cut in. Otherwise the mark might become part of it.
 CUT = '\n... ["cut off"]'
 
 
@@ -366,7 +371,7 @@ def answer_positions(inputs: PromptInputs, length: int) -> Tensor:
 
 
 class Float32Product(torch.autograd.Function):
-    """(M, C) hidden, (V, C) weight, both bf16 -> (M, V) float32, as the product is summed. bf16 counts in 0.125 from 16 on.
+    """(M, C) hidden, (V, C) weight, both bf16 -> (M, V) float32. Rounded to bf16, logits from 16 to 32 are multiples of 0.125.
 
     torch has this product on a GPU alone, and without a gradient.
     """
@@ -543,7 +548,8 @@ def sample_tokens(logps: Tensor, uniform: Tensor) -> Tensor:
     # The first index whose cumulative probability exceeds u * total. A token of probability 0 cannot be it.
     u = (uniform * cumulative[..., -1]).unsqueeze(-1)
     token = torch.searchsorted(cumulative, u, right=True).clamp(max=logps.shape[-1] - 1)
-    # Rounding is an exception: on a GPU the parallel sum need not be monotone. It is rare, but the log-prob would be -inf.
+    # Rounding may choose one all the same: on a GPU the parallel sum need not be monotone. Its log-prob of -inf would ruin
+    # the update, so the most likely token takes its place.
     impossible = logps.gather(-1, token).isneginf()
     return torch.where(impossible, logps.argmax(-1, keepdim=True), token).squeeze(-1)
 
@@ -584,6 +590,8 @@ def generate(
     B, G, T, device = len(prompts), group_size, max_new_tokens, policy.device
     if B == 0 or G < 1 or T < 1 or not 0 <= temperature < torch.inf:
         raise ValueError("generate needs prompts, group_size >= 1, max_new_tokens >= 1 and temperature >= 0")
+    if isinstance(generator, list) and len(generator) != B:
+        raise ValueError(f"generate needs one generator, or one for each of {B} prompts, not {len(generator)}")
     uniform = draw_uniforms(generator, B, G, T).to(device)
     ids = torch.full((B, G, T), policy.eos_id, device=device)
     mask = torch.zeros(B, G, T, dtype=torch.bool, device=device)
@@ -592,18 +600,19 @@ def generate(
     cache, hidden = prefill(policy, prompts, G, T)
     hidden = hidden[:, None].expand(-1, G, -1)  # the first token has one distribution per group
     # What is decoded, (B', G') each: the answers' places in `ids`, and whether they go on.
-    row = torch.arange(B, device=device)[:, None].expand(B, G)
-    column = torch.arange(G, device=device).expand(B, G)
+    prompt_of = torch.arange(B, device=device)[:, None].expand(B, G)
+    answer_of = torch.arange(G, device=device).expand(B, G)
     alive = torch.ones(B, G, dtype=torch.bool, device=device)
     # Reading `alive` makes the CPU wait for a GPU. There it is read every eighth step only: a few steps on finished
     # answers cost less than so many waits.
     interval = 8 if device.type == "cuda" else 1
     for t in range(T):
         logps = sampling_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # (B', G', V)
-        token = sample_tokens(logps, uniform[row, column, t]) if temperature > 0 else logps.argmax(-1)  # (B', G')
+        u = uniform[prompt_of, answer_of, t]  # (B', G')
+        token = sample_tokens(logps, u) if temperature > 0 else logps.argmax(-1)  # (B', G')
         token = torch.where(alive, token, policy.eos_id)
-        ids[row, column, t], mask[row, column, t] = token, alive
-        logp[row, column, t] = torch.where(alive, logps.gather(-1, token.unsqueeze(-1)).squeeze(-1), 0.0)
+        ids[prompt_of, answer_of, t], mask[prompt_of, answer_of, t] = token, alive
+        logp[prompt_of, answer_of, t] = torch.where(alive, logps.gather(-1, token.unsqueeze(-1)).squeeze(-1), 0.0)
         alive = alive & (token != policy.eos_id)  # the EOS itself was still part of the answer
         if t + 1 == T:
             break
@@ -612,7 +621,7 @@ def generate(
                 break
             if (kept := choose_unfinished(alive)) is not None:
                 cache, at = cache.keep(*kept), (kept[0][:, None], kept[1])
-                row, column, alive, token = row[at], column[at], alive[at], token[at]
+                prompt_of, answer_of, alive, token = prompt_of[at], answer_of[at], alive[at], token[at]
         hidden = decode_step(policy, cache, token, t)
     longest = int(mask.sum(-1).max())
     return Rollout(*(x[:, :, :longest].reshape(B * G, longest) for x in (ids, mask, logp)))
@@ -681,8 +690,8 @@ def packed_attention(
 
 
 def has_varlen(x: Tensor) -> bool:
-    """Variable-length attention is a kernel for half precision on a GPU of compute capability 8.0 or more, which is where
-    bf16 needs no emulation. Its numbers are those of the code below it."""
+    """Whether torch's variable-length attention takes it: half precision, on a GPU that computes in bf16 without emulation
+    (compute capability 8.0). Callers have a second way, with the same numbers, for everything else."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.is_cuda and half and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -749,6 +758,7 @@ def _token_logprobs(policy: Policy, hidden: Tensor, targets: Tensor, temperature
 def _packed_logprobs(
     policy: Policy, prompts: Sequence[Prompt], ids: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """What `logprobs` returns, by one forward of the packed row."""
     inputs = prompt_inputs(policy, prompts)
     N, T = ids.shape
     G = N // len(prompts)
@@ -773,10 +783,11 @@ def _packed_logprobs(
     targets = torch.cat([ids[begins, 0], ids[:, 1:][goes_in]])
     values = _token_logprobs(policy, torch.cat([ends[begins], went_in]), targets, temperature)
 
-    def in_rows(x: Tensor) -> Tensor:  # (tokens to predict,) -> (N, T)
-        table = torch.zeros(N, T, device=x.device)
-        first = table[:, :1].masked_scatter(begins[:, None], x)
-        return torch.cat([first, table[:, 1:].masked_scatter(goes_in, x[len(x) - len(went_in) :])], dim=1)
+    def in_rows(x: Tensor) -> Tensor:  # (tokens to predict,) -> (N, T), 0 where the mask is 0
+        firsts, others = x.split([len(x) - len(went_in), len(went_in)])  # tokens 0 of the answers, and tokens 1, 2, ...
+        zeros = torch.zeros(N, T, device=x.device)
+        column = zeros[:, :1].masked_scatter(begins[:, None], firsts)
+        return torch.cat([column, zeros[:, 1:].masked_scatter(goes_in, others)], dim=1)
 
     logp, entropy = map(in_rows, values)
     return logp, entropy
@@ -793,6 +804,6 @@ def logprobs(
     Raises ValueError if the shapes do not fit each other or the temperature is not positive.
     Source: arXiv 2402.03300, section 4.1 (the pi_theta of its equation 3); the packing is ours.
     """
-    if len(ids) % len(prompts) or ids.shape != mask.shape or not temperature > 0:
+    if not prompts or len(ids) % len(prompts) or ids.shape != mask.shape or not temperature > 0:
         raise ValueError(f"logprobs needs ids and mask of one shape (B*G, T), B = {len(prompts)}, and temperature > 0")
     return policy(prompts, ids, mask, temperature)

@@ -60,7 +60,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=_parse_int)
 _BRACKET = re.compile(r"[\[{]")
 _MAX_BRACKETS = 1000  # to try
 _MAX_PARTS = 10_000  # commas and opening brackets; an answer for n images has 3 n
-_MAX_READ = 10_000  # characters before a bracket that is tried: for its error message, json counts their lines
+_MAX_READ = 10_000  # characters before a bracket; then they are cut off, since each error of json counts their lines
 
 
 def _after_thinking(text: str) -> str:

@@ -69,7 +69,8 @@ def mutate(
     k             how many are replaced, 0 <= k < G; 0 switches RMO off
     probability   that a homogeneous and poor group is mutated, in [0, 1]
     spread, poor  bounds for "homogeneous" and "poor" (see the module), as shares of max_reward
-    max_reward    the most that a response can earn
+    max_reward    the most that a response can earn: with reward.py w_reg + w_rank + w_format, so 3 by its defaults (2 for
+                  one image). With too low a value no group ever counts as poor
     rng           torch.Generator, random.Random or numpy.random.Generator; it advances by 1 + G + k numbers
 
     Returns (responses, mutated), two new lists of length G; mutated[i]: response i came from the references.

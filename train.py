@@ -115,10 +115,7 @@ def collect(
 def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
     """The GRPO update on one batch, `updates` times. -> what to log; "bad" is True if a step was skipped.
 
-    The ratio's old log-probs are those of this function's own first pass, not those that the rollout recorded: sampling
-    computes in another order (and on a GPU from bf16 weights), and the difference would enter the ratio as if the policy
-    had moved. With one update per rollout the ratio is 1 exactly. A mutated answer was never sampled; its old log-prob
-    is that of the first pass too, so it is treated as if the policy had written it.
+    Old log-probs come from this function's own first pass, also those of mutated answers: grpo.py, choices 6 and 7.
     """
     s = learner.settings
     micros, denominator = learner.micro_batches(batch)  # what fits into one forward; answers (or tokens) of all of them
@@ -136,11 +133,11 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> 
                 ref_logp,
                 micro.advantages.flatten().to(logp.device),  # (N,)
                 micro.mask,
-                s.clip,
-                s.clip,
-                s.beta,
-                s.normalize,
-                denominator,
+                clip_low=s.clip,
+                clip_high=s.clip,
+                beta=s.beta,
+                normalize=s.normalize,
+                denominator=denominator,
             )
             learner.backward(loss, micro)
             log.add(micro, logp, entropy, loss, stats)
@@ -203,9 +200,11 @@ def references_for(
     if s.rmo_source == "truth":
         return [data.reference_answer(sample)]
     entries = rmo.recall(history, [item.name for item in sample.items], sample.task.delta)
-    text = data.format_answer((i, f"{value:.12g}") for i, value in entries)
+    if not entries:
+        return []
+    text = data.format_answer((i, f"{value:.12g}") for i, value in entries)  # 17.0 is written 17
     replaced = sorted(r.total for r in group)[: s.rmo_k]
-    return [text] if entries and stage.reward(text, sample).total > max(replaced, default=0.0) else []
+    return [text] if stage.reward(text, sample).total > max(replaced, default=0.0) else []
 
 
 def with_mutated(policy: rarl.Policy, rollout: rarl.Rollout, mutated: list[bool], texts: list[str]) -> rarl.Rollout:
@@ -274,10 +273,11 @@ def evaluate_everywhere(
     if learner.world.main:
         write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
         draw_predictions([x for few in samples.values() for x in few], predictions, folder.path / "predictions.png")
-        warnings = [f"{name}: {remark}" for remark in remarks(predictions)]
+        notes = [f"{name}: {remark}" for remark in remarks(predictions)]
         if name == "base" and (dead := dead_base(rows)):
-            warnings.append(dead)
-        print(*warnings, sep="\n", file=sys.stderr)
+            notes.append(dead)
+        for note in notes:
+            print(note, file=sys.stderr)
     return rows
 
 

@@ -249,7 +249,7 @@ def collect_with_spread(
         if not alike:
             break
         rngs = [random.Random(repr(("redrawn", attempt, keys[b]))) for b in alike]
-        others = [data.draw_sample(sampler.pools, n, rng, sampler.weights) for rng in rngs]
+        others = [data.draw_sample(sampler.pools, n, rng, sampler.cumulative) for rng in rngs]
         their_prompts = data.make_prompts(learner.policy, others)
         learner.prepare(their_prompts)
         # Its random generators are seeded by the step: one that no step has.
