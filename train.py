@@ -60,7 +60,7 @@ from support.run.run_folder import RunFolder
 from support.run.settings import SettingError, Settings, parse_settings
 from support.run.stage_run import StageRun
 from support.show.model_card import what_was_learned, write_model_card
-from support.show.monitor import UpdateLog, check_tracker, dead_base
+from support.show.monitor import UpdateLog, check_tracker
 from support.show.results import Results, beside, blind_rows, intervals, mean, remarks, results_table, write_predictions
 from support.show.sheets import compare_policies, draw_predictions
 
@@ -273,11 +273,8 @@ def evaluate_everywhere(
     if learner.world.main:
         write_predictions(predictions, folder.path / f"predictions_{name.replace(' ', '')}.jsonl")
         draw_predictions([x for few in samples.values() for x in few], predictions, folder.path / "predictions.png")
-        notes = [f"{name}: {remark}" for remark in remarks(predictions)]
-        if name == "base" and (dead := dead_base(rows)):
-            notes.append(dead)
-        for note in notes:
-            print(note, file=sys.stderr)
+        for remark in remarks(predictions):
+            print(f"{name}: {remark}", file=sys.stderr)
     return rows
 
 

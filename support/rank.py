@@ -13,7 +13,6 @@ The order is merged from many answers:
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -167,7 +166,7 @@ def rank_command(
     load_policy: Callable[[argparse.Namespace, int | None], rarl.Policy],
     answer_greedily: Callable[..., list[str]],
 ) -> None:
-    """Rank --rank, print the table (or --json), write ranking.jsonl and ranking.png.
+    """Rank --rank, print the table, write ranking.jsonl and ranking.png.
 
     load_policy, answer_greedily: those of eval.py
     """
@@ -192,7 +191,7 @@ def rank_command(
     ]
     value = lambda row: "-" if row["value"] is None else f"{row['value']:.6g}"
     table = [["rank", "value", "file"], *([str(row["rank"]), value(row), row["file"]] for row in rows)]
-    print(json.dumps(rows) if args.json else format_table(table, left=(2,)))
+    print(format_table(table, left=(2,)))
     write_predictions(rows, out / "ranking.jsonl")
     draw_ranking(items, ranked.order, ranked.values, out / "ranking.png")
     for remark in ranking_remarks(ranked, bad):
@@ -267,10 +266,8 @@ def ranking_remarks(ranking: Ranking, bad: Sequence[str] = ()) -> list[str]:
     known = [value for value in ranking.values if value is not None]
     value, times = Counter(known).most_common(1)[0] if known else (math.nan, 0)
     if len(known) > 1 and times >= NEARLY_ALL_VALUES * len(known):
-        blind = ranking.windows == ranking.invalid
-        rest = "nothing but the order in which they were given" if blind else "the windows alone"
         said.append(
-            f"{times} of {len(known)} values are {value:g}: this policy hardly tells these images apart, and their order "
-            f"rests on {rest}"
+            f"{times} of {len(known)} values are {value:g}: this policy hardly tells these images apart, and their order rests "
+            "on the windows at most"
         )
     return said

@@ -151,12 +151,12 @@ def test_rank_prints_order_and_values_and_writes_a_sheet(rank, ranker, folder, t
     assert (tmp_path / "new/out/ranking.png").exists()
 
 
-def test_json_is_one_document_and_nothing_else(rank, folder, ranker, tmp_path, capsys):
+def test_files_and_an_answer_that_is_not_valid(rank, folder, ranker, tmp_path):
     (folder / "2.png").rename(folder / "2 é.png")
     right = ranker.say
     ranker.say = lambda names: "?" if [name[-5:] for name in names] == ["3.png"] else right(names)
-    rank("--rank", *(folder / f"{n}.png" for n in "135"), folder / "2 é.png", "--data", "dots", "--json")
-    document = json.loads(capsys.readouterr().out)
+    rank("--rank", *(folder / f"{n}.png" for n in "135"), folder / "2 é.png", "--data", "dots")
+    document = [json.loads(line) for line in (tmp_path / "new/out/ranking.jsonl").read_text().splitlines()]
     assert [row["file"] for row in document] == [f"{folder}/{n}.png" for n in ("1", "2 é", "3", "5")]
     assert [(row["rank"], row["value"]) for row in document] == [(1, 1), (2, 2), (3, None), (4, 2)]
     assert (tmp_path / "new/out/ranking.png").exists()
@@ -173,9 +173,9 @@ def test_bad_images_are_named_or_left_out_and_counted(rank, folder, ranker, tmp_
     assert f"{folder}/4.png cannot be read" in message and "\n" not in message
     assert message.endswith("3 such in all, --skip-bad leaves them out")
     assert not ranker.prompts and not (tmp_path / "new").exists(), "found before anything else is done"
-    rank("--rank", folder, *COUNT_RED, "--skip-bad", "--json")
+    rank("--rank", folder, *COUNT_RED, "--skip-bad")
     output = capsys.readouterr()
-    assert [Path(row["file"]).stem for row in json.loads(output.out)] == ["1", "2", "3", "5"]
+    assert [line[-5] for line in output.out.splitlines()[1:]] == ["1", "2", "3", "5"]
     assert "left out 3 of 7 images" in output.err and output.err.count("left out: image file") == 3
     with pytest.raises(SystemExit, match=r"none of the 1 files is an image.*6\.jpg$"):  # none is left to rank
         rank("--rank", folder / "6.jpg", *COUNT_RED, "--skip-bad")
@@ -210,7 +210,6 @@ def test_a_sheet_is_not_written_among_the_images(rank, folder):
         ("--rank x --data dots --images 2", "--images does not go with --rank"),
         ("--rank x --data dots --seed 0", "--seed does not go with --rank"),  # even if it is the default
         ("--data dots --window 4", "--window needs --rank"),
-        ("--data dots --json", "--json needs --rank"),
         ("--rank x --question q --order o --data-root r", "--data-root goes with --data"),
         ("--rank x --data dots --window 1", "argument --window: 1 is less than 2"),
         ("", "--data is required, or --rank"),

@@ -17,7 +17,7 @@ from support.datasets import load_dataset
 from support.learner.stage import Batch, RewardWeights, Stage
 from support.run.settings import Settings
 from support.show import monitor
-from support.show.monitor import Clock, Warnings, dead_base, rollout_metrics, rollout_numbers
+from support.show.monitor import Clock, Warnings, rollout_metrics, rollout_numbers
 from support.show.results import finite
 
 
@@ -87,9 +87,6 @@ def test_dead_starts_are_named():
     for change in ({"zero_spread": 0.9}, {"reward": 2.0}):  # some groups have spread; all answers are right
         warnings = Warnings()
         assert said(change) == []
-    rows = {1: {"n": 100, "valid": 0.06}, 2: {"n": 100, "valid": 0.02}}  # 4 % of all
-    assert dead_base(rows).startswith("dead start: 4.0% of the base's answers are valid")
-    assert dead_base({1: {"n": 100, "valid": 0.06}}) is None
 
 
 # --- trackers -----------------------------------------------------------------------------------------------

@@ -56,8 +56,11 @@ def test_a_group_shows_all_images_and_marks_the_mutated(tmp_path, n):
     shown, path = sample(*range(n)), tmp_path / "g.png"
     texts = [answer(*((i, 3) for i in range(1, n + 1))), answer(*((i, 4) for i in range(1, n + 1)))]
     rewards = [reward.compute_reward(text, shown.labels, 4) for text in texts]
+    none = torch.zeros(2, 1)
     for mutated, advantages in (([False, True], [1.5, 0.0]), ([False, False], [0.0, -1.5])):
-        sheets.draw_group(shown, texts, rewards, advantages, mutated, "Step 0", path)
+        batch = Batch([], none.long(), none.bool(), none, torch.tensor(mutated), torch.tensor([advantages]),
+                      samples=[shown], texts=texts, rewards=rewards)  # fmt: skip
+        sheets.draw_group(shown, sheets.describe_group(batch, 0)["answers"], "Step 0", path)
         assert len(reading_order(path, COLOURS[:n])) == n  # else one of them is not to be found
         found = [has_colour(path, colour) for colour in (sheets.ORANGE, sheets.GREEN, sheets.RED)]
         assert found == [any(mutated), advantages[0] > 0, advantages[1] < 0]

@@ -33,7 +33,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of the sheet
 SHOWN = 5  # examples of what is wrong; tasks whose question is printed
 
 
-def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int = 0) -> None:
+def inspect(name: str, root: Path | None, out: Path, overrides: dict) -> None:
     """Print what a data set holds and what is wrong with it, and draw a sheet of its samples. Opens every image."""
     check_out(out)
     print(f"reading {name}", file=sys.stderr)
@@ -52,7 +52,7 @@ def inspect(name: str, root: Path | None, out: Path, overrides: dict, seed: int 
     print(f"\nlabels\n{format_histogram([item.label for item in everything])}")
     shown = splits["train"] or everything
     most = max(len(pool) for pool in make_pools(shown, 1).values())
-    draw_sheet([s for n in (1, 2, 4) if n <= most for s in make_samples(shown, n, 2, seed)], out)
+    draw_sheet([s for n in (1, 2, 4) if n <= most for s in make_samples(shown, n, 2)], out)
     print(f"\nwrote {out}, samples of the {'train split' if splits['train'] else 'data set'}")
 
 
@@ -92,12 +92,11 @@ def report_identical(groups: list[list[tuple[str, Item]]]) -> None:
 
 
 def report_tasks(splits: dict[str, list[Item]]) -> None:
-    """For each task its labels, what the best constant answers earn, how often a prompt has nothing to rank."""
+    """For each task its labels, what the best constant answers earn, and the question."""
     pools = make_pools([item for items in splits.values() for item in items], 1)
     train = make_pools(splits["train"], 1) if splits["train"] else {}
     largest_first = sorted(pools, key=lambda task: -len(pools[task]))
-    head = ["task", "labels", "from", "to", "delta", "best by R_reg", "R_reg", "MAE", "best by MAE", "R_reg", "MAE"]
-    rows = [[*head, "alike 2", "4", "8"]]
+    rows = [["task", "labels", "from", "to", "delta", "best by R_reg", "R_reg", "MAE", "best by MAE", "R_reg", "MAE"]]
     easy, good = [], good_policy()
     for task in largest_first:
         labels = [item.label for item in train.get(task) or pools[task]]
@@ -106,16 +105,14 @@ def report_tasks(splits: dict[str, list[Item]]) -> None:
         for value in best_constant(labels, task.delta, task.decimals):
             regression, error = constant_earns(value, labels, task.delta)
             cells += [format_value(value, task.decimals), f"{regression:.2f}", format_number(error, 2)]
-        alike = [share_without_pair(labels, n) for n in (2, 4, 8)]
-        rows.append(cells + ["-" if math.isnan(share) else f"{share:.0%}" for share in alike])
+        rows.append(cells)
         if float(cells[6]) > 0.75 * good:
             easy.append(f"{task.name} {cells[5]}")
     print(f"\ntasks       {len(pools)}\n{format_table(rows)}")
     print(
         "  best by R_reg, best by MAE: the constant answers that suit the labels best"
         f"{' of the train split' if train else ''}, and what they earn.\n"
-        f"  A policy that errs by about delta / 2 earns an R_reg of {good:.2f}. alike: share of prompts of 2, 4 and 8 images\n"
-        "  drawn blindly whose labels are all equal; such are used only where a task has a single label."
+        f"  A policy that errs by about delta / 2 earns an R_reg of {good:.2f}."
     )
     if easy:
         more = f" and {len(easy) - SHOWN} more" if len(easy) > SHOWN else ""
@@ -150,17 +147,6 @@ def good_policy() -> float:
     return statistics.fmean(reward.value_reward(error, 0, 1) for error in errors)
 
 
-def share_without_pair(labels: list[float], n: int) -> float:
-    """Probability that n different images drawn blindly all have the same label; nan if there are fewer than n.
-
-    >>> share_without_pair([1, 1, 1, 2], 2)  # 3 of the 6 pairs
-    0.5
-    """
-    if len(labels) < n:
-        return math.nan
-    return sum(math.comb(count, n) for count in Counter(labels).values()) / math.comb(len(labels), n)
-
-
 def format_histogram(labels: list[float], bins: int = 12, width: int = 50) -> str:
     """A line per bin of equal width (or per value, where there are few): its range, the number of labels, a bar."""
     rows = [(f"{value:g}", number) for value, number in sorted(Counter(labels).items())]
@@ -179,7 +165,7 @@ def draw_sheet(samples: list[Sample], path: Path) -> None:
     sheet = Sheet("Samples: the images, what is asked, the right answer")
     for sample in samples:
         sheet.rule()
-        sheet.y = sheet.thumbnails([(item, item.name, FAINT) for item in sample.items], cut="middle")
+        sheet.y = sheet.thumbnails([(item, item.name, FAINT) for item in sample.items])
         prompt = question_text(sample.task, len(sample.items))
         for text, colour in ((prompt, INK), (reference_answer(sample), GREEN)):
             for line in textwrap.wrap(text, 160):
@@ -205,11 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--delta", type=float, help="tolerance of R_reg in units of the label")
     add("--decimals", type=int, help="of a value in the reference answer")
     add("--columns", help="of parquet files: image=COLUMN,label=COLUMN (None: found by their names)")
-    add("--seed", type=int, default=0, help="draws the samples")
     args = parser.parse_args(argv)
     overrides = {field: getattr(args, field) for field in GIVEN}
     try:
-        inspect(args.name, args.root, args.out, overrides, args.seed)
+        inspect(args.name, args.root, args.out, overrides)
     except (DataError, OSError) as error:
         abandon_broken_stdout()
         raise SystemExit(f"data.py: {error}") from None

@@ -32,10 +32,11 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 # What an adapter_config.json may say without changing y = W x + b + alpha/r B A x: who made it, how it was trained, where it
 # stands (which the names of the weights tell too). Anything else is refused unless it is empty, because peft would use it.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "target_modules", "task_type",
 }  # fmt: skip
+HARMLESS_VALUES = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}  # pissa, olora and others change W itself
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # name of the linear layer -> its A and B
 
@@ -187,26 +188,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        sound = (
-            isinstance(config["base_model_name_or_path"], str)
-            and config["r"] >= 1
-            and 0 < config["lora_alpha"] < math.inf
-        )
+        base, rank, alpha = config["base_model_name_or_path"], config["r"], config["lora_alpha"]
+        sound = isinstance(base, str) and rank >= 1 and 0 < alpha < math.inf and config["peft_type"] == "LORA"
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
-    if not sound or config.get("peft_type") != "LORA":
+    if not sound:
         raise ValueError(f"{file} does not describe a LoRA adapter")
-    refused = [name for name in config.keys() - HARMLESS if config[name]]
-    if config.get("init_lora_weights", True) not in (
-        True,
-        False,
-        "gaussian",
-    ):  # pissa, olora and others change W itself
-        refused.append("init_lora_weights")
-    if config.get("bias", "none") != "none":
-        refused.append("bias")
-    if refused:
-        raise ValueError(f"{file}: {min(refused)} {json.dumps(config[min(refused)])[:80]} is not supported")
+    for name, value in sorted(config.items()):
+        if value and name not in HARMLESS and value not in HARMLESS_VALUES.get(name, []):
+            raise ValueError(f"{file}: {name} {json.dumps(value)[:80]} is not supported")
     return config
 
 

@@ -23,7 +23,6 @@ EVALUATION: dict[str, tuple[Any, str, dict[str, Any]]] = {
 RANKING: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "window": (4, "images in a prompt", dict(type=number(int, 2))),
     "rounds": (2, "times to slide; 0: by the values alone", dict(type=number(int, 0))),
-    "json": (False, "print a JSON list of {rank, file, value} and nothing else", dict(action="store_true")),
 }
 
 

@@ -43,8 +43,7 @@ class StageRun:
         self.stage, self.learner, self.optimizer = stage, learner, optimizer
         s, world = learner.settings, learner.world
         self.first, self.history, self.best = self.checkpoints.restore(self.checkpoint, learner, optimizer)
-        base = self.folder.read_results().get("base", {})
-        self.monitor = Monitor(self.folder.path, stage.number, self.first, stage.steps, world, s, base)
+        self.monitor = Monitor(self.folder.path, stage.number, self.first, stage.steps, world, s)
         self.batches = load_steps(stage.sampler, learner.policy, world, self.first, stage.steps, s.workers)
         with self.monitor, self.stop.deferred(), contextlib.closing(self.batches):
             yield

@@ -7,7 +7,6 @@ that is not finite) again and again.
 import dataclasses
 import importlib.util
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -99,8 +98,11 @@ class UpdateLog:
 
     def close_epoch(self, grad_norm: float, bad: bool) -> None:
         """bad: the step was skipped, as its loss or gradient was not finite."""
-        later = {name: self.measured.get(name) for name in ("ratio", "clip_low", "clip_high")}
-        self.metrics |= (later if self.metrics else self.measured | {"grad_norm": grad_norm}) | {"bad": bad}
+        if not self.metrics:
+            self.metrics = self.measured | {"grad_norm": grad_norm}
+        for name in ("ratio", "clip_low", "clip_high"):
+            self.metrics[name] = self.measured.get(name)
+        self.metrics["bad"] = bad
         self.sums = []
 
     def mean_loss(self) -> float:
@@ -169,7 +171,7 @@ class Warnings:
         signs = [
             (len(self.logs) == self.first_steps and alike > 0.98 and reward < 0.9,
              "dead start: so far the answers of every group earned the same, so nothing but RMO teaches: raise --temperature, "
-             "--group-size, --rmo-k and --rmo-probability, or --delta if the values are far off"),
+             "--group-size, --rmo-k and --rmo-probability, or --delta if the values are far off; look at predictions_base.jsonl"),
             (enough and alike > 0.8 and reward < 0.9,
              "collapse: the answers of most groups are alike and not good: raise --temperature, --rmo-probability or --beta"),
             (enough and gain("format") > 0.1 and gain("regression") < 0.01 and not gain("ranking") >= 0.01,
@@ -187,15 +189,10 @@ class Warnings:
 
 
 class Monitor:
-    """Writes metrics.jsonl, timing.jsonl and validation.jsonl, shows the progress line, keeps the evidence of bad steps.
+    """Writes metrics.jsonl, timing.jsonl and validation.jsonl, shows the progress line, keeps the evidence of bad steps."""
 
-    base  number of images -> the first policy's metrics on the test prompts, for comparison
-    """
-
-    def __init__(
-        self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings, base: dict[int, dict]
-    ):
-        self.folder, self.stage, self.world, self.base = folder, stage, world, base
+    def __init__(self, folder: Path, stage: int, first: int, steps: int, world: World, s: Settings):
+        self.folder, self.stage, self.world = folder, stage, world
         self.watch_every = s.watch_every
         self.in_turn = len(s.images) if stage == 2 else 1
         self.bad = 0  # steps in a row
@@ -228,7 +225,7 @@ class Monitor:
             speed = {"pack_fill": log.pop("pack_fill")}  # depends on --max-tokens-per-forward, the other metrics do not
             append_line(self.folder / "metrics.jsonl", place | log)
             append_line(self.folder / "timing.jsonl", place | {"seconds": sum(seconds.values())} | seconds | speed)
-            self.progress.set_postfix_str(progress_text(log, self.base.get(images, {})), refresh=False)
+            self.progress.set_postfix_str(progress_text(log), refresh=False)
             if warning := self.warnings(log, batch.max_reward):
                 self.progress.write(f"step {step}: {warning}", file=sys.stderr)
             since = step % self.watch_every if self.watch_every else self.in_turn
@@ -263,29 +260,11 @@ class Monitor:
             self.track(self.before + step, finite({"validation/reward": share} | numbers))
 
 
-def progress_text(log: dict, base: dict) -> str:
-    """A step in few words: "2 images reward=2.45 format=1.00 mae=1.20 (base 2.44) tau=0.75 (base 0.08) kl=0.03 ...".
-
-    The step's answers are sampled, the base's were greedy.
-    """
-    several = log.get("ranking") is not None
-    shown = {"reward": log["reward"], "format": log["format"], "mae": log["mae"],
-             "tau": 2 * log["ranking"] - 1 if several else None, "kl": log.get("kl"), "no spread": log["zero_spread"]}  # fmt: skip
-    known = lambda name: "" if math.isnan(base.get(name, math.nan)) else f" (base {base[name]:.2f})"
-    words = [f"{name}={x:.2f}{known(name)}" for name, x in shown.items() if x is not None]
+def progress_text(log: dict) -> str:
+    """A step in few words: "2 images reward=2.45 format=1.00 mae=1.20 ranking=0.87 kl=0.03 zero_spread=0.12"."""
+    names = ("reward", "format", "mae", "ranking", "kl", "zero_spread")
+    words = [f"{name}={log[name]:.2f}" for name in names if log.get(name) is not None]
     return " ".join([f"{log['images']} image{'s' * (log['images'] > 1)}", *words])
-
-
-def dead_base(rows: dict[int, dict]) -> str | None:
-    """What to say of a base policy whose answers are nearly all invalid.  rows: number of images -> metrics"""
-    valid = sum(row["valid"] * row["n"] for row in rows.values()) / sum(row["n"] for row in rows.values())
-    if valid >= 0.05:
-        return None
-    return (
-        f"dead start: {valid:.1%} of the base's answers are valid, so hardly any group has a reward to compare. Look at "
-        "predictions_base.jsonl; RMO (--rmo-k, --rmo-probability 1) can teach the format, or start from a model that "
-        "follows instructions"
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

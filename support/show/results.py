@@ -83,7 +83,6 @@ def format_table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> s
 
 COLUMNS = {"valid": "valid", "n": "n", "mae": "MAE", "accuracy": "accuracy", "srcc": "SRCC", "plcc": "PLCC",
            "regression": "R_reg", "tau": "tau", "tau_values": "tau_values", "tau_n": "n (tau)"}  # fmt: skip
-OF_ORDER = ("tau", "tau_values", "tau_n")  # one image has no order
 WITH_INTERVAL = ("valid", "mae", "regression", "tau")
 
 
@@ -93,20 +92,16 @@ def results_table(results: Results) -> str:
     The blind rows stand last in each block. n: prompts; n (tau): those that tau and tau_values rest on. +-95%: half the
     width of the interval (see `intervals`) of the number on its left.
     """
-    known = [key for rows in results.values() for row in rows.values() for key in row.get("interval", ())]
-    wide = {key: 1 + (key in known) for key in COLUMNS}  # columns that a metric takes
+    head = [cell for key, title in COLUMNS.items() for cell in (title, "+-95%")[: 1 + (key in WITH_INTERVAL)]]
+    is_blind = lambda name: any("constant" in row for row in results[name].values())
     lines: list[list[str]] = []
-    blind = lambda name: any("constant" in row for row in results[name].values())
     for n in sorted({n for rows in results.values() for n in rows}):
-        columns = [key for key in COLUMNS if n > 1 or key not in OF_ORDER]
-        empty = [""] * sum(wide[key] for key in COLUMNS if key not in columns)
-        head = [cell for key in columns for cell in (COLUMNS[key], "+-95%")[: wide[key]]]
-        lines += [[""] * (1 + sum(wide.values()))] if lines else []
-        lines.append([f"{n} image{'s' * (n > 1)}", *head, *empty])
-        for name in sorted(results, key=blind):
-            if (row := results[name].get(n)) is not None:
-                cells = [cell for key in columns for cell in _cells(key, row, n)[: wide[key]]]
-                lines.append([_label(name, row), *cells, *empty])
+        lines += [[""] * (1 + len(head))] if lines else []
+        lines.append([f"{n} image{'s' * (n > 1)}", *head])
+        for name in sorted(results, key=is_blind):
+            if n in results[name]:
+                row = results[name][n]
+                lines.append([_label(name, row), *_cells(row, n)])
     return format_table(lines)
 
 
@@ -118,15 +113,19 @@ def _label(name: str, row: dict) -> str:
     return f"{name}, one per task" if math.isnan(constant) else f"{name}: {constant:g}"
 
 
-def _cells(key: str, row: dict, n: int) -> tuple[str, str]:
-    """A metric, and half the width of its interval."""
-    value = row.get(key)
-    too_few = key in ("srcc", "plcc") and n * (row["n"] or 0) * (row["valid"] or 0) < ENOUGH
-    if value is None or math.isnan(value) or too_few:
-        return "-", ""
-    shown = "{:.1%}".format if key == "valid" else format_number
-    low, high = row.get("interval", {}).get(key, (None, None))
-    return shown(value), "" if low is None else shown((high - low) / 2)
+def _cells(row: dict, n: int) -> list[str]:
+    """The metrics of a row, each of WITH_INTERVAL with half the width of its interval."""
+    values = n * (row["n"] or 0) * (row["valid"] or 0)
+    cells = []
+    for key in COLUMNS:
+        shown = "{:.1%}".format if key == "valid" else format_number
+        number = row.get(key, math.nan)
+        known = number is not None and not math.isnan(number) and (key not in ("srcc", "plcc") or values >= ENOUGH)
+        cells.append(shown(number) if known else "-")
+        if key in WITH_INTERVAL:
+            low, high = row.get("interval", {}).get(key, (None, None))
+            cells.append("" if low is None else shown((high - low) / 2))
+    return cells
 
 
 # --- how sure a number is, and what it hides -----------------------------------------------------------------
@@ -210,19 +209,9 @@ def best_constant(labels: Sequence[float], delta: float, decimals: int) -> tuple
         counts = Counter()
         for group in np.array_split(np.sort(np.asarray(labels, dtype=np.float64)), GROUPS):
             counts[float(group[len(group) // 2])] += len(group)
+    candidates = {round(float(x), decimals) for x in [*np.linspace(min(labels), max(labels), GRID), *counts]}
     earned = lambda value: sum(times * reward.value_reward(value, label, delta) for label, times in counts.items())
-    best = max(_candidates(sorted(counts), decimals), key=earned)
-    median = statistics.median_low(labels) / 2 + statistics.median_high(labels) / 2  # halved first: 1e308 is a label
-    return best, round(median, decimals)
-
-
-def _candidates(numbers: list[float], decimals: int) -> list[float]:
-    """Every number of so many decimals from the lowest label to the highest, or the labels themselves. Ascending."""
-    low, high = numbers[0], numbers[-1]
-    if (high / 2 - low / 2) * 10**decimals < GRID / 2:
-        first = round(low, decimals)
-        return [round(first + k / 10**decimals, decimals) for k in range(round((high - first) * 10**decimals) + 1)]
-    return sorted({round(number, decimals) for number in numbers})
+    return max(sorted(candidates), key=earned), round(float(statistics.median(labels)), decimals)
 
 
 def blind_rows(
@@ -242,20 +231,19 @@ def blind_rows(
     for item in train_items:
         labels[item.task.name].append(item.label)
     everything = [item.label for item in train_items]
-    found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks if everything}
-    rows: dict[str, dict[int, dict[str, float]]] = {}
 
     def metrics(few: list[Sample], says: dict[str, float]) -> dict[str, float]:
         """Of answers that say one value of every image of a task, in the order of the prompt."""
-        said = [format_value(says[sample.task.name], sample.task.decimals) for sample in few]
-        return grade(
-            few, [format_answer((i, x) for i, _ in enumerate(s.items, 1)) for s, x in zip(few, said, strict=True)]
-        )
+        value = lambda task: format_value(says[task.name], task.decimals)
+        return grade(few, [format_answer((i, value(s.task)) for i in range(1, len(s.items) + 1)) for s in few])
 
-    for k, kind in enumerate(("R_reg", "MAE") if found else ()):
-        says = {name: constants[k] for name, constants in found.items()}
-        more = {"tau": math.nan, "constant": next(iter(says.values())) if len(says) == 1 else math.nan}
-        rows[f"best constant by {kind}"] = {n: metrics(few, says) | more for n, few in samples.items()}
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    if everything:
+        found = {t.name: best_constant(labels.get(t.name, everything), t.delta, t.decimals) for t in tasks}
+        for k, kind in enumerate(("R_reg", "MAE")):
+            says = {name: constants[k] for name, constants in found.items()}
+            more = {"tau": math.nan, "constant": next(iter(says.values())) if len(says) == 1 else math.nan}
+            rows[f"best constant by {kind}"] = {n: metrics(few, says) | more for n, few in samples.items()}
     rows["prompt order"] = {}
     for n, few in samples.items():
         if n > 1:

@@ -31,21 +31,24 @@ _font = lru_cache(ImageFont.load_default)  # it is unpacked anew at every call
 
 
 def write(
-    draw: ImageDraw.ImageDraw, size: int, xy: tuple[float, float], text: str, room: float, colour: str,
-    anchor: str = "la", cut: str = "end",
-) -> float:  # fmt: skip
-    """Write what fits into `room` pixels, cut at the end or in the middle. -> x behind it"""
+    draw: ImageDraw.ImageDraw,
+    size: int,
+    xy: tuple[float, float],
+    text: str,
+    room: float,
+    colour: str,
+    anchor: str = "la",
+) -> float:
+    """Write what fits into `room` pixels; of a longer text the middle is left out. -> x behind it"""
     font = _font(size)
     # The built-in font knows little beyond ASCII. A policy may write anything, and a file have any name.
     text = text.replace("\n", " ").encode("ascii", "backslashreplace").decode()
-    if draw.textlength(text[:1000], font) > room:
-        text, middle = text[:1000], "..." if cut == "middle" else " ..."
-        head, tail = (text, "") if cut == "end" else (text[: len(text) // 2], text[len(text) // 2 :])
-        while head and draw.textlength(head + middle + tail, font) > room:
-            head, tail = head[:-1], tail[1:]
-        text = head + middle + tail
-    draw.text(xy, text, fill=colour, font=font, anchor=anchor)
-    return xy[0] + draw.textlength(text, font)
+    shown, half = text, min(len(text), 1000) // 2
+    while half > 0 and draw.textlength(shown, font) > room:
+        half -= 1
+        shown = f"{text[:half]}...{text[len(text) - half :]}"
+    draw.text(xy, shown, fill=colour, font=font, anchor=anchor)
+    return xy[0] + draw.textlength(shown, font)
 
 
 class Sheet:
@@ -76,28 +79,29 @@ class Sheet:
         self.draw.line((MARGIN, self.y - 4, self.width - MARGIN, self.y - 4), fill=LINE)
 
     def thumbnails(
-        self, shown: Iterable[tuple[Item, str, str]], left: int = MARGIN, down: int = 0, columns: int = PER_LINE,
-        cut: str = "end", names: bool = False,
+        self, shown: Sequence[tuple[Item, str, str]], left: int = MARGIN, down: int = 0, columns: int = PER_LINE,
+        names: bool = False,
     ) -> int:  # fmt: skip
-        """Images (item, caption, its colour) in lines, from `down` below y on. -> where they end
+        """Images (item, caption, its colour) in lines, from `down` below y on, with their files' names below if wanted.
 
-        Each is in the middle of a square of THUMB pixels. At 200 : 1 it is a line, never nothing.
+        -> where they end. Each is in the middle of a square of THUMB pixels. At 200 : 1 it is a line, never nothing.
         """
         height = THUMB + CAPTION + ROW * names
-        lines = 0
         for place, (item, caption, colour) in enumerate(shown):
-            x, y, lines = left + place % columns * CELL, self.y + down + place // columns * height, place // columns + 1
+            line, column = divmod(place, columns)
+            x, y = left + column * CELL, self.y + down + line * height
             self.room(y - self.y + height)
             image = item.image()
             scale = THUMB / max(image.size)
             image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
             self.canvas.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
             middle = x + THUMB // 2
-            write(self.draw, TEXT, (middle, y + THUMB + 5), caption, CELL - 4, colour, anchor="ma", cut=cut)
+            write(self.draw, TEXT, (middle, y + THUMB + 5), caption, CELL - 4, colour, anchor="ma")
             if names:
-                name, below = Path(item.name).name, y + THUMB + CAPTION
-                write(self.draw, TEXT - 2, (middle, below), name, THUMB, FAINT, anchor="ma", cut="middle")
-        return self.y + down + lines * height
+                write(
+                    self.draw, TEXT - 2, (middle, y + THUMB + CAPTION), Path(item.name).name, THUMB, FAINT, anchor="ma"
+                )
+        return self.y + down + math.ceil(len(shown) / columns) * height
 
     def save(self, path: Path) -> None:
         """PNG, or whatever the path's ending says."""
@@ -199,7 +203,7 @@ def short(value: float, decimals: int) -> str:
 # --- one group while it trains --------------------------------------------------------------------------------
 
 # Where the columns of the table end (numbers) or begin (the answers), and the middle of the bars of the advantage.
-TABLE = {"answer, in the order listed": MARGIN, "format": 740, "R_reg": 815, "R_rank": 890, "reward": 965, "A": 1040}
+TABLE = {"text": MARGIN, "format": 710, "regression": 800, "ranking": 875, "reward": 945, "advantage": 1035}
 BAR, BAR_LENGTH = 1150, 100
 
 
@@ -223,47 +227,45 @@ def watch_group(folder: Path, stage: int, step: int, batch: Batch) -> None:
     b = differ.index(max(differ))
     path = folder / "groups" / f"{stage}-{step:07d}.png"
     path.parent.mkdir(exist_ok=True)
+    group = describe_group(batch, b)
     title = f"Stage {stage}, step {step}: one prompt and its {batch.group_size} answers"
-    mutated = batch.groups(batch.mutated.tolist())[b]
-    draw_group(
-        batch.samples[b], batch.groups(batch.texts)[b], groups[b], batch.advantages[b].tolist(), mutated, title, path
-    )
-    append_line(folder / "groups" / "groups.jsonl", {"stage": stage, "step": step} | describe_group(batch, b))
+    draw_group(batch.samples[b], group["answers"], title, path)
+    append_line(folder / "groups" / "groups.jsonl", {"stage": stage, "step": step} | group)
 
 
-def draw_group(
-    sample: Sample, texts: Sequence[str], rewards: Sequence[reward.Reward], advantages: Sequence[float],
-    mutated: Sequence[bool], title: str, path: Path,
-) -> None:  # fmt: skip
+def draw_group(sample: Sample, answers: Sequence[dict], title: str, path: Path) -> None:
     """The images, the question, all G answers with their rewards and advantages: why the policy was pushed where it was.
 
-    What has a positive advantage becomes more likely, the rest less.
-    texts, rewards, advantages, mutated: G each, after mutation.
+    What has a positive advantage becomes more likely, the rest less.  answers: of `describe_group`
     """
     sheet, n = Sheet(title), len(sample.items)
     for line in textwrap.wrap(data.question_text(sample.task, n), 170):
         sheet.line_of(line)
-    labels = [data.format_value(label, sample.task.decimals) for label in sample.labels]
-    shown = [
-        (item, f"image {i}: {label}", INK) for i, (item, label) in enumerate(zip(sample.items, labels, strict=True), 1)
-    ]
-    sheet.y = sheet.thumbnails(shown) + 8
-    sheet.room((len(texts) + 2) * ROW)
+    label = lambda item: data.format_value(item.label, sample.task.decimals)
+    sheet.y = sheet.thumbnails([(x, f"image {i}: {label(x)}", INK) for i, x in enumerate(sample.items, 1)]) + 8
+    sheet.room((len(answers) + 2) * ROW)
     for name, x in TABLE.items():
         write(sheet.draw, TEXT, (x, sheet.y), name, 400, FAINT, anchor="la" if x == MARGIN else "ra")
     sheet.y += ROW
-    largest = max((abs(a) for a in advantages), default=0) or 1.0
-    for text, scored, advantage, rmo in zip(texts, rewards, advantages, mutated, strict=True):
+    largest = max(abs(answer["advantage"]) for answer in answers) or 1.0
+    for answer in answers:
         sheet.rule()
         y, left = sheet.y, float(MARGIN)
-        if rmo:
+        if answer["mutated"]:
             left = write(sheet.draw, TEXT, (MARGIN, y), "RMO", 40, ORANGE) + 8
-        answer, colour = short_answer(text, scored.answer), INK if scored.answer else RED
-        write(sheet.draw, TEXT, (left, y), answer, TABLE["format"] - left - 70, colour)
-        ranking = None if n == 1 else scored.ranking
-        numbers = (scored.format, scored.regression, ranking, scored.total, advantage)
-        for number, x in zip(numbers, list(TABLE.values())[1:], strict=True):
-            write(sheet.draw, TEXT, (x, y), "-" if number is None else f"{number:.2f}", 90, INK, anchor="ra")
+        said = reward.parse_response(answer["text"], n)
+        write(
+            sheet.draw,
+            TEXT,
+            (left, y),
+            short_answer(answer["text"], said),
+            TABLE["format"] - left - 70,
+            INK if said else RED,
+        )
+        for name, x in list(TABLE.items())[1:]:
+            number = "-" if n == 1 and name == "ranking" else f"{answer[name]:.2f}"
+            write(sheet.draw, TEXT, (x, y), number, 90, INK, anchor="ra")
+        advantage = answer["advantage"]
         end = BAR + BAR_LENGTH * advantage / largest
         if advantage:
             colour = GREEN if advantage > 0 else RED
