@@ -218,23 +218,20 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     """Files and folders -> image files in the order given, a folder's by name.
 
     Of a folder: the files that end in one of ENDINGS, without hidden ones, without subfolders.
-    Raises DataError for what is missing, no file (a pipe would never end), empty or given twice.
+    Raises DataError for what is missing, no file (a pipe would never end) or empty.
     """
     files: list[Path] = []
     for text in paths:
         if os.path.isdir(text):
             inside = [f for f in sorted(Path(text).iterdir()) if f.suffix.lower() in ENDINGS and f.is_file()]
-            files += (shown := [f for f in inside if f.name[0] != "."])
+            shown = [f for f in inside if f.name[0] != "."]
+            files += shown
             if not shown:
                 raise DataError(f"folder {text} has no images ({' '.join(ENDINGS)}); subfolders are not searched")
         elif os.path.isfile(text):
             files.append(Path(text))
         else:
             raise DataError(f"--rank: there is no file or folder {text!r}")
-    first: dict[Path, Path] = {}
-    for file in files:
-        if first.setdefault(file.resolve(), file) is not file:
-            raise DataError(f"{file} is given twice, first as {first[file.resolve()]}")
     return files
 
 

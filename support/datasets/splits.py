@@ -1,7 +1,6 @@
 """Data sets: the rows that a reader yields are checked, divided into splits, and become items with a task."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -19,33 +18,21 @@ from support.datasets.readers import ANNOTATIONS, DATASETS, READERS
 from support.datasets.rows import SPLITS, Row, hash_split, read_text
 from support.datasets.tasks import MAX_LABEL, make_task, outliers
 
-LISTS = {  # the third ones are AVA's own
-    "train": ("train.txt", "train", "aesthetics_image_lists/generic_ls_train.jpgl"),
-    "val": ("val.txt", "val"),
-    "test": ("test.txt", "test", "aesthetics_image_lists/generic_test.jpgl"),
+LISTS = {  # the second ones are AVA's own
+    "train": ("train.txt", "aesthetics_image_lists/generic_ls_train.jpgl"),
+    "val": ("val.txt",),
+    "test": ("test.txt", "aesthetics_image_lists/generic_test.jpgl"),
 }
 
 
 def read_lists(folder: Path) -> dict[str, str]:
-    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none.
-
-    Where there are none, a *split*.json with lists of names train, val, test or train_id, ..., as published for AVA.
-    """
-    names: list[tuple[str, str, Path]] = []
-    for split, files in LISTS.items():
-        there = [folder / f for f in files if os.path.lexists(folder / f)]
-        for file in [f for f in there if f.name != split or f.is_file()][:1]:  # a folder may be called train
-            names += [(name, split, file) for name in filter(None, map(str.strip, read_text(file).splitlines()))]
-    for file in [] if names else sorted(folder.glob("*split*.json")):
-        try:
-            content = json.loads(read_text(file))
-            names += [(str(x), s, file) for s in SPLITS for x in content.get(f"{s}_id", content.get(s, []))]
-        except (ValueError, AttributeError, TypeError) as error:
-            raise DataError(f"{file} is no list of splits, {{train: [names], test: [names]}} ({error})") from None
+    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none."""
     listed: dict[str, str] = {}
-    for name, split, file in names:
-        if listed.setdefault(name, split) != split:
-            raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
+    for split, files in LISTS.items():
+        file = next((folder / name for name in files if os.path.lexists(folder / name)), None)
+        for name in map(str.strip, read_text(file).splitlines() if file else ()):
+            if name and listed.setdefault(name, split) != split:
+                raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
     return listed
 
 

@@ -212,14 +212,10 @@ class Checkpoints:
             return 0, {}, Best()
         extra = json.loads((self.folder / name / "extra.json").read_text())
         best = Best(**extra["best"], weights=trained_weights(learner.policy)) if extra["best"] else Best()
-        self.load(name, learner, optimizer, best)
-        return extra["step"], rmo.merge(extra["history"]), best
-
-    def load(self, name: str, learner: Learner, optimizer: torch.optim.Optimizer, best: Best) -> None:
-        """Read weights and optimiser, and the best policy into the tensors that `best` has."""
-        reader = HuggingFaceStorageReader(str(self.folder / name))
-        dcp.load(trained_state(learner, optimizer, best), storage_reader=reader, no_dist=self.world.size == 1)
+        reader, state = HuggingFaceStorageReader(str(self.folder / name)), trained_state(learner, optimizer, best)
+        dcp.load(state, storage_reader=reader, no_dist=self.world.size == 1)  # into the tensors that are there
         learner.sync_rollout_policy()
+        return extra["step"], rmo.merge(extra["history"]), best
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
