@@ -29,7 +29,6 @@ import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow import
 
 # isort: split
 import random
-import shutil
 import sys
 import warnings
 from functools import partial
@@ -325,7 +324,7 @@ def run(s: Settings, stop: Stop) -> Results:
             resume_from = start.checkpoint if stage.number == start.stage else None
             ask = partial(validate, learner, stage)
             train_stage(stage, learner, StageRun(folder, checkpoints, resume_from, stop, ask))
-            folder.save_policy(learner, stage.number, partial(shutil.copy, folder.path / saved_task.FILE))
+            folder.save_policy(learner, stage.number)
             report(f"stage {stage.number}")
             if world.main:
                 saved = folder.path / f"stage{stage.number}"

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-from collections import defaultdict
 
-from data import DataError, Item, Task, format_value
+from data import DataError, Item, Task, format_value, make_pools
 
 MAX_LABEL = 1e12  # what a policy can write digit by digit, and what can be squared
 MIN_DELTA = 1e-9  # an error is divided by it and squared
@@ -71,10 +70,8 @@ def outliers(items: list[Item]) -> list[Item]:
 
     At most one in 20 on either side. Where delta or the question follow from the labels, one such spoils both.
     """
-    of_task: dict[Task, list[Item]] = defaultdict(list)
-    for item in items:
-        of_task[item.task].append(item)
-    return [item for some in of_task.values() for item in _apart(sorted(some, key=lambda item: item.label))]
+    pools = make_pools(items, 1).values() if items else []
+    return [item for pool in pools for item in _apart(sorted(pool, key=lambda item: item.label))]
 
 
 def _apart(items: list[Item]) -> list[Item]:

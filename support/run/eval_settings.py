@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import torch
 
@@ -12,18 +11,10 @@ from data import DataError
 from support.datasets.saved_task import GIVEN
 from support.run.settings import number
 
-# What goes with one of the two alone: default, help, how to read it. The parser leaves out what was not given, so that a setting
-# of the one is refused with the other, not silently ignored.
-EVALUATION: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "split": ("test", "part of the data set", dict(choices=("train", "val", "test"))),
-    "images": ([1, 2, 4, 8], "images per prompt, a table each", dict(type=number(int, 1), nargs="+")),
-    "samples": (200, "prompts for each number of images", dict(type=number(int, 1))),
-    "seed": (0, "draws the samples; the same seed gives the same prompts", dict(type=number(int))),
-}
-RANKING: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "window": (4, "images in a prompt", dict(type=number(int, 2))),
-    "rounds": (2, "times to slide; 0: by the values alone", dict(type=number(int, 0))),
-}
+# What goes with one of the two alone, and its default. What was not given is None at first: what is given with the other one is
+# refused, not ignored.
+EVALUATION = {"split": "test", "images": [1, 2, 4, 8], "samples": 200, "seed": 0}
+RANKING = {"window": 4, "rounds": 2}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,21 +36,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--columns", help="of parquet files: image=COLUMN,label=COLUMN")
     add("--max-pixels", type=number(int, 56 * 56), help="larger images are shrunk to this area (default: the policy's)")
     add("--skip-bad", action=argparse.BooleanOptionalAction, help="leave unreadable images and bad rows out, counted")
-    for title, settings in ("evaluation, without --rank", EVALUATION), ("ranking, with --rank", RANKING):
-        group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
-        for name, (default, text, how) in settings.items():
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            group.add_argument(f"--{name}", help=f"{text} (default: {shown})", **how)
+    add = parser.add_argument_group("evaluation, without --rank").add_argument
+    add("--split", choices=("train", "val", "test"), help="part of the data set (default: test)")
+    add("--images", type=number(int, 1), nargs="+", help="images per prompt, a table each (default: 1 2 4 8)")
+    add("--samples", type=number(int, 1), help="prompts for each number of images (default: 200)")
+    add("--seed", type=number(int), help="draws the samples; the same seed gives the same prompts (default: 0)")
+    add = parser.add_argument_group("ranking, with --rank").add_argument
+    add("--window", type=number(int, 2), help="images in a prompt (default: 4)")
+    add("--rounds", type=number(int, 0), help="times to slide; 0: by the values alone (default: 2)")
 
     args = parser.parse_args(argv)
     ours, others = (RANKING, EVALUATION) if args.rank else (EVALUATION, RANKING)
-    for name in vars(args).keys() & others.keys():
-        parser.error(f"--{name} {'does not go with' if args.rank else 'needs'} --rank")
+    for name in others:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} {'does not go with' if args.rank else 'needs'} --rank")
+    for name, default in ours.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if not args.rank and not args.data:
         parser.error("--data is required, or --rank")
     if args.data_root and not args.data:
         parser.error("--data-root goes with --data")
-    args = argparse.Namespace(**{name: default for name, (default, _, _) in ours.items()} | vars(args))
     args.given = {field: getattr(args, field) for field in GIVEN}
     return args
 

@@ -21,7 +21,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,8 @@ class RunFolder:
     def write_results(self, results: Results) -> None:
         write_text(self.path / "results.json", json.dumps(finite(results), indent=2) + "\n")
 
-    def save_policy(self, learner: Learner, stage: int, describe: Callable[[Path], object]) -> None:
-        """stage1/ or stage2/: the weights (with LoRA an adapter), what `describe(folder)` writes beside them, checksums."""
+    def save_policy(self, learner: Learner, stage: int) -> None:
+        """stage1/ or stage2/: the weights (with LoRA an adapter), the run's task.json, checksums."""
         path = self.path / f"stage{stage}"
         beside = path.with_name(path.name + ".writing")
         try:
@@ -138,7 +138,7 @@ class RunFolder:
                 shutil.rmtree(beside, ignore_errors=True)
             learner.save(beside)
             if self.world.main:
-                describe(beside)
+                shutil.copy(self.path / "task.json", beside)
                 write_checksums(beside)
                 replace_folder(beside, path)
         except (OSError, SafetensorError) as error:

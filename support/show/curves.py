@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data import DataError
 from support.show.results import mean
 
 SHARE, FROM_0 = (-0.03, 1.03), (0, None)  # limits of the y axis
@@ -41,13 +42,9 @@ SMOOTH = 10  # steps that a point is the mean of
 Curve = tuple[list[int], list[float]]  # x: steps, y
 
 
-class CurvesError(ValueError):
-    """A run that cannot be drawn; the message names it."""
-
-
 def read_run(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, one dict a step, with those of timing.jsonl ("timing") and validation.jsonl
-    ("validation": number of images -> metrics) where there are any. Raises CurvesError."""
+    ("validation": number of images -> metrics) where there are any. Raises DataError."""
     lines = lambda file: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     try:
         steps = {(step["stage"], step["step"]): step for step in lines(folder / "metrics.jsonl") if int(step["images"])}
@@ -58,7 +55,7 @@ def read_run(folder: Path) -> list[dict]:
             raise ValueError("there is no step in it")
         return list(steps.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CurvesError(f"{folder} holds no metrics that can be read ({error})") from None
+        raise DataError(f"{folder} holds no metrics that can be read ({error})") from None
 
 
 def smoothed(points: Sequence[tuple[int, float | None]]) -> Curve:
@@ -88,7 +85,7 @@ def watch_curves(folder: Path) -> None:
     if importlib.util.find_spec("matplotlib"):
         try:
             draw_curves({folder.name: read_run(folder)}, folder / "curves.png")
-        except CurvesError as error:  # lines of an earlier stage that somebody changed: no reason to stop
+        except DataError as error:  # lines of an earlier stage that somebody changed: no reason to stop
             print(f"no curves: {error}", file=sys.stderr)
 
 
@@ -141,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or args.runs[0] / "curves.png"
     try:
         if not out.suffix:  # matplotlib would write to out.png
-            raise CurvesError(f"--out {out} must be the name of a picture, such as curves.png")
+            raise DataError(f"--out {out} must be the name of a picture, such as curves.png")
         draw_curves({str(folder): read_run(folder) for folder in args.runs}, out)
     except (OSError, ValueError, TypeError) as error:  # matplotlib knows no such kind of picture; a metric is no number
         sys.exit(f"curves: {error}")
