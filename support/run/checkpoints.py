@@ -25,7 +25,7 @@ import rarl
 import rmo
 from support.learner.learner import Learner
 from support.learner.world import World
-from support.run.atomic_files import replace_folder, write_text
+from support.run.atomic_files import replace_folder
 from support.run.settings import SettingError
 
 
@@ -127,17 +127,14 @@ def file_of(state: dict[str, Tensor], limit: int = 2**30) -> dict[str, int]:
 
 
 KEEP = 2  # newest checkpoints: if one is damaged there is another
-# What grows in a run's folder.
-WRITTEN = ("results.json", "metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl")
 
 
 class Checkpoints:
     """The newest checkpoints of a run: runs/NAME/checkpoints/STAGE-STEP, the state *before* that step.
 
     Written beside under another name and renamed when complete, with a checksum of every file: a crash while writing
-    costs nothing, and damage is noticed on reading. With the weights goes a copy of what the run has written so far: a
-    resumed run goes on from that copy, whatever has happened to the file. There is no random state in one: see
-    `seed_of` in support/learner/stage.py.
+    costs nothing, and damage is noticed on reading. There is no random state in one: see `seed_of` in
+    support/learner/stage.py.
     """
 
     def __init__(self, folder: Path, world: World):
@@ -169,9 +166,6 @@ class Checkpoints:
             if self.world.main:
                 kept = {"top": best.top, "step": best.step} if best.weights else None
                 (beside / "extra.json").write_text(json.dumps({"step": step, "history": history, "best": kept}))
-                for file in (self.folder.parent / written for written in WRITTEN):
-                    if file.exists():
-                        shutil.copy(file, beside / file.name)
                 write_checksums(beside)
                 replace_folder(beside, self.folder / name)
                 for old in self.names()[KEEP:]:
@@ -193,16 +187,6 @@ class Checkpoints:
         while names and (wrong := damage(self.folder / names[0])):
             print(f"checkpoint {self.folder / names.pop(0)} is damaged: {wrong}", file=sys.stderr)
         return self.world.gather(names[0] if names else None)[0]
-
-    def put_back(self, name: str) -> None:
-        """Make what the run has written what it was when this checkpoint was saved."""
-        for file in (self.folder.parent / written for written in WRITTEN):
-            copy = self.folder / name / file.name
-            if copy.exists():
-                file.parent.mkdir(exist_ok=True)
-                write_text(file, copy.read_text(encoding="utf-8"))
-            else:
-                file.unlink(missing_ok=True)
 
     def restore(
         self, name: str | None, learner: Learner, optimizer: torch.optim.Optimizer

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from support.learner.learner import Learner
 from support.learner.world import World
 from support.run.atomic_files import replace_folder, write_text
-from support.run.checkpoints import WRITTEN, Checkpoints, write_checksums
+from support.run.checkpoints import Checkpoints, write_checksums
 from support.run.settings import SettingError, Settings
 from support.show.results import Results, finite
 
@@ -183,9 +183,7 @@ class RunFolder:
         earlier stage 2 made gives way, its policy to stage2~1. Resumed: what was written since the checkpoint is taken
         back, as it will be written again.
         """
-        if s.resume and start.checkpoint:
-            checkpoints.put_back(start.checkpoint)
-        elif s.stage == 2 and not s.resume:
+        if s.stage == 2 and not s.resume:
             checkpoints.remove()
         elif not s.resume:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -204,16 +202,18 @@ class RunFolder:
                 if (old := self.path / "stage2").exists():
                     move_aside(old)
             (self.path / "results.txt").unlink(missing_ok=True)
-            self._take_back_from(start.stage)
+        self._take_back(start.stage, int(start.checkpoint[2:]) if start.checkpoint else 0)
         return known
 
-    def _take_back_from(self, stage: int) -> None:
-        """Keep the lines of earlier stages."""
-        for file in (self.path / name for name in WRITTEN if name.endswith(".jsonl")):
+    def _take_back(self, stage: int, step: int) -> None:
+        """Drop the lines of that step and of later ones."""
+        for name in ("metrics.jsonl", "timing.jsonl", "validation.jsonl", "groups/groups.jsonl"):
+            file = self.path / name
             if file.exists():
                 *whole, _ = file.read_text(encoding="utf-8").split("\n")  # a killed process may have left half a line
+                place = lambda line: (json.loads(line)["stage"], json.loads(line)["step"])
                 try:
-                    kept = [line + "\n" for line in whole if json.loads(line)["stage"] < stage]
+                    kept = [line + "\n" for line in whole if place(line) < (stage, step)]
                 except (ValueError, KeyError, TypeError) as error:
                     raise SettingError(f"{file} is damaged ({error}): delete the line, then --resume") from None
                 write_text(file, "".join(kept))
