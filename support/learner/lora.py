@@ -36,7 +36,10 @@ HARMLESS = {
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "target_modules", "task_type",
 }  # fmt: skip
-HARMLESS_VALUES = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}  # pissa, olora and others change W itself
+HARMLESS_VALUES: dict[str, list] = {
+    "bias": ["none"],
+    "init_lora_weights": [True, "gaussian"],
+}  # pissa and others change W itself
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # name of the linear layer -> its A and B
 
