@@ -11,7 +11,12 @@ What is measured, ours and the usual way in turn, so that whatever else the mach
   reference  log-probs without gradient, from the weights that sample          rarl.logprobs   against  [prompt | answer] x N
   update     log-probs with gradient, GRPO loss, backward                      the same
   step       rollout, reference, update, gradient norm, AdamW
-  memory     the most that one update allocates above weights and gradients
+  memory     the most that one update allocates above weights and gradients; on a GPU also beside the others' shares
+
+A second table has what that means: answer tokens a second, and the share "of peak": FLOPs that must be done, over time, over those of
+a large matmul, measured here. Rollout and reference are a forward pass, an update is 3 of them. A linear layer costs 2 x weights x
+tokens (prompt tokens once per group, answer tokens, patches), attention 4 x width x the pairs (query, key) that may see each
+other. The usual way is charged with the same useful work.
 
 On a GPU the defaults are `ON_A_GPU`: a step of the presets, as far as it needs no optimizer, whose state would not fit beside both ways.
 
@@ -52,12 +57,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import rarl
 from experiments import make_tiny
 from experiments.commands import CommandError, at_least, run_command
-from experiments.costs import peak_bytes, seconds
+from experiments.costs import forward_flops, matmul_peak, peak_bytes, seconds
 from experiments.job import WAYS, Job, compare_ways, noise_prompts
 from support.show.results import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("rollout", "reference", "update", "step", "memory")
+FORWARDS = {"rollout": 1, "reference": 1, "update": 3}  # how many forward passes a part costs
 ON_A_GPU = dict(
     shape="3b", parts=["rollout", "reference", "update", "memory"], images=8, pixels=448, tokens=128, micro=1,
     checkpoint=True, repeats=3,
@@ -154,6 +160,22 @@ def bench_table(results: dict[str, dict[str, list[float]]]) -> str:
     return format_table(rows)
 
 
+def shares_table(job: Job, results: dict[str, dict[str, list[float]]]) -> str:
+    """The same times as speed: a row for each part that has a cost in FLOPs, ours | usual in each cell."""
+    device, flops, peak = job.policy.device, forward_flops(job), matmul_peak(job.policy.device, job.dtype)
+    rows = [["", "tokens/s", f"of peak ({peak / 1e9:,.0f} GFLOP/s)"] + ["peak memory"] * (device.type == "cuda")]
+    for part in [part for part in results if part in FORWARDS]:
+        cells: list[list[str]] = []
+        for way in WAYS:
+            took = statistics.median(results[part][way])
+            cells.append([f"{job.ids.numel() / took:,.0f}", f"{FORWARDS[part] * flops / took / peak:.1%}"])
+            if device.type == "cuda":
+                job.use(way)
+                cells[-1].append(f"{peak_bytes(partial(getattr(job, part), way), device) / 1e9:.2f} GB")
+        rows.append([part, *(f"{ours} | {usual}" for ours, usual in zip(*cells, strict=True))])
+    return format_table(rows)
+
+
 def measure(job: Job, args: argparse.Namespace) -> bool:
     """Print one line and one table: whether both ways agree, and what each takes. -> whether they agree"""
     tokens = [len(prompt.ids) for prompt in job.prompts]
@@ -164,7 +186,10 @@ def measure(job: Job, args: argparse.Namespace) -> bool:
     gaps, tolerance = compare_ways(job), TOLERANCE[job.dtype]
     apart = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
     print(f"ours - usual (relative): {apart}; tolerance {tolerance:.0e}")
-    print(bench_table({part: take_turns(job, part, args.repeats) for part in args.parts}), flush=True)
+    results = {part: take_turns(job, part, args.repeats) for part in args.parts}
+    print(bench_table(results), flush=True)
+    if not FORWARDS.keys().isdisjoint(results):
+        print(f"\n{shares_table(job, results)}", flush=True)
     return all(gap <= tolerance for gap in gaps.values())  # nan is not
 
 

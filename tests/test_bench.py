@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rarl
-from experiments import bench, job
+from experiments import bench, costs, job
 from experiments.commands import CommandError
 
 SHAPE = ["--prompts", "1", "--images", "1", "--pixels", "56", "--group", "2", "--tokens", "4", "--repeats", "1"]
@@ -22,6 +22,31 @@ def test_all_parts(policy_folder, capsys):
     ours, _, usual, _, ratio, *_ = rows["memory"]  # a count, not a timing: two copies of the prompt take more than one
     assert 0 < float(ours) < float(usual)
     assert float(ratio) == pytest.approx(float(usual) / float(ours), rel=0.03)  # of rounded numbers
+
+
+def test_flops_by_hand(policy):
+    # Two prompts of P = 64 + 4 + 2 and 65 + 4 + 2 tokens (text, 16 patches = 4 tokens, two marks), G = 2, T = 3: a
+    # linear layer sees P + G (T-1) tokens of each, and a query of answer token t sees P + t keys.
+    shape = ["--prompts", "2", "--images", "1", "--pixels", "56", "--group", "2", "--tokens", "3", "--device", "cpu"]
+    work = bench.make_job(policy, bench.parse(shape), torch.float32)
+    c, i = 128, 320  # hidden and intermediate size of the language model; 4 layers, key and value half as wide
+    layer = c * c + 2 * c * c // 2 + c * c + 3 * c * i
+    text = 2 * 4 * layer * (70 + 71 + 2 * 2 * 2) + 2 * c * len(policy.banned) * 2 * 2 * 3
+    pairs = sum(P * (P + 1) // 2 + 2 * ((P + 1) + (P + 2)) for P in (70, 71))
+    patch = 3 * 2 * 14 * 14 * c + 4 * (3 * c * c + c * c + 3 * c * 256)  # embedding and 4 blocks, for each patch
+    merger = (4 * c) ** 2 + 4 * c * c  # for each 2 x 2 patches
+    vision = 2 * 2 * (16 * patch + 4 * merger) + 2 * 4 * 4 * c * 16**2  # one window: full and local are the same
+    assert costs.forward_flops(work) == text + 4 * 4 * c * pairs + vision
+
+
+def test_speed_as_a_share_of_the_peak(policy, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda *args: 1e9)
+    monkeypatch.setattr(bench, "forward_flops", lambda *args: 1e8)
+    work = bench.make_job(policy, bench.parse(["--device", "cpu", *SHAPE]), torch.float32)  # 8 answer tokens
+    table = bench.shares_table(
+        work, {"update": {"ours": [1.0], "usual": [2.0]}, "step": {"ours": [1.0], "usual": [1.0]}}
+    )
+    assert table.splitlines()[1].split() == ["update", "8", "|", "4", "30.0%", "|", "15.0%"] and "step" not in table
 
 
 def test_medians_and_ratios_by_hand():
