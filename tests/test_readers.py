@@ -222,7 +222,7 @@ def test_ava_means_and_lists(tmp_path):
         datasets.read_dataset("ava", tmp_path, skip_bad=True)
 
 
-def test_ava_without_a_few_photographs(tmp_path):
+def test_ava_without_a_few_photographs_and_with_the_published_split(tmp_path):
     """10 rows, of which the download lacks 1; a second is too many, and then the first is named."""
     line = "{0} {0} 0 1 5 17 38 36 15 6 5 1 1 22 1396\n"
     (tmp_path / "AVA.txt").write_text("".join(line.format(i) for i in range(1, 11)))
@@ -232,7 +232,15 @@ def test_ava_without_a_few_photographs(tmp_path):
     assert [(out.why.split(":")[0], out.where[-6:], out.bad) for out in left_out] == [
         ("the download lacks the photograph", "line 1", False)
     ]
-    (tmp_path / "test.txt").write_text("images/6\n7.jpg\n8\n")  # names with and without their ending
+    (tmp_path / "ava_split.json").write_text(json.dumps({"train_id": [2, 3, 4, 5], "test_id": ["6", "7"]}))
+    splits, _ = datasets.read_dataset("ava", tmp_path)
+    assert [[i.name for i in splits[s]] for s in rows.SPLITS] == [["2", "3", "4", "5"], [], ["6", "7"]]
+    for broken in ("[1]", '{"train_id": 5}', "{"):
+        (tmp_path / "ava_split.json").write_text(broken)
+        with pytest.raises(data.DataError, match="ava_split.json is no list of splits"):
+            datasets.read_dataset("ava", tmp_path)
+    (tmp_path / "ava_split.json").unlink()
+    (tmp_path / "test").write_text("images/6\n7.jpg\n8\n")  # a list without an ending, names with and without
     assert [i.name for i in datasets.read_dataset("ava", tmp_path)[0]["test"]] == ["7", "8"]
     (tmp_path / "images/2.jpg").unlink()
     with pytest.raises(data.DataError, match=r"line 1: the image file does not exist.*1\.jpg"):

@@ -1,11 +1,13 @@
 """Data sets: the rows that a reader yields are checked, divided into splits, and become items with a task."""
 
 import dataclasses
+import json
 import math
 import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +20,42 @@ from support.datasets.readers import ANNOTATIONS, DATASETS, READERS
 from support.datasets.rows import SPLITS, Row, hash_split, read_text
 from support.datasets.tasks import MAX_LABEL, make_task, outliers
 
-LISTS = {  # the second ones are AVA's own
-    "train": ("train.txt", "aesthetics_image_lists/generic_ls_train.jpgl"),
-    "val": ("val.txt",),
-    "test": ("test.txt", "aesthetics_image_lists/generic_test.jpgl"),
+LISTS = {  # the third ones are AVA's own
+    "train": ("train.txt", "train", "aesthetics_image_lists/generic_ls_train.jpgl"),
+    "val": ("val.txt", "val"),
+    "test": ("test.txt", "test", "aesthetics_image_lists/generic_test.jpgl"),
 }
 
 
 def read_lists(folder: Path) -> dict[str, str]:
-    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none."""
+    """{name or id: split} of the list files in a data set's folder, one name a line; {} if there are none.
+
+    Where there are none, a *split*.json with lists of names, as published for AVA. Raises DataError.
+    """
     listed: dict[str, str] = {}
-    for split, files in LISTS.items():
-        file = next((folder / name for name in files if os.path.lexists(folder / name)), None)
-        for name in map(str.strip, read_text(file).splitlines() if file else ()):
-            if name and listed.setdefault(name, split) != split:
-                raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
+    for split, name, file in list(_listed_in_text(folder)) or _listed_in_json(folder):
+        if listed.setdefault(name, split) != split:
+            raise DataError(f"{name} is in the lists of {listed[name]} and {split}: take it out of {file}")
     return listed
+
+
+def _listed_in_text(folder: Path) -> Iterator[tuple[str, str, Path]]:
+    for split, names in LISTS.items():
+        there = [folder / name for name in names if os.path.lexists(folder / name)]
+        for file in [file for file in there if file.name != split or file.is_file()][
+            :1
+        ]:  # train may be a folder of images
+            yield from ((split, name, file) for name in map(str.strip, read_text(file).splitlines()) if name)
+
+
+def _listed_in_json(folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """{"train": [names], "test": [names]} or {"train_id": [ids], ...}"""
+    for file in sorted(folder.glob("*split*.json")):
+        try:
+            content = json.loads(read_text(file))
+            yield from ((s, str(x), file) for s in SPLITS for x in content.get(f"{s}_id", content.get(s, [])))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{file} is no list of splits, {{train: [names], test: [names]}} ({error})") from None
 
 
 def choose_split(row: Row, listed: dict[str, str]) -> str | None:
