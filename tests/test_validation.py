@@ -81,7 +81,7 @@ def test_without_a_val_split_the_last_policy_is_kept(here, signals, capsys):
         rows.writerows([name, i, "test" if i % 3 == 0 else "train"] for i, name in enumerate(names))
     train_here(*SHORT, "--steps1", "1", "--data", "csv", "--data-root", "photos", "--question", "How ripe?")
     said = capsys.readouterr().err
-    assert "val split of csv is empty: no validation" in said and "the best in validation" not in said
+    assert "val split of csv is empty: no validation" in said and "best in validation" not in said
     assert not (here / "runs/rarl/validation.jsonl").exists()
     assert validation_prompts(load_dataset("dots", split="val")[:3], (1, 2, 4), 5).keys() == {1, 2}
 

@@ -269,7 +269,7 @@ def spread(module: nn.Module, world: World, kind: str) -> None:
 def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]]:
     """Prompts in micro-batches whose packed rows (prompts and answers, without padding) hold at most `limit` tokens.
 
-    Prompts of like length come together, because attention on a CPU pads them. One that is over the limit goes alone.
+    They are taken from the shortest to the longest. One that is over the limit goes alone.
     """
     G = batch.group_size
     answers = batch.mask.view(len(batch.prompts), -1).sum(1).tolist()  # tokens of each group's answers

@@ -92,14 +92,15 @@ class Best:
 
     @torch.no_grad()
     def give_back(self, learner: Learner) -> None:
-        """The learner's policy becomes the best one, if there is one."""
+        """The learner's policy becomes the one that was kept, if there is one."""
         local = lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, parameter in learner.policy.named_parameters():
             if name in self.weights:
                 local(parameter).copy_(local(self.weights[name]))
         learner.sync_rollout_policy()
         if self.weights and learner.world.main:
-            print(f"the stage ends with its policy after step {self.step}, the best in validation", file=sys.stderr)
+            what = "the latest that chance may have put behind the best in validation"
+            print(f"the stage ends with its policy after step {self.step}, {what}", file=sys.stderr)
 
 
 def trained_weights(policy: rarl.Policy) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Settings:
     seed: int = setting(0, "seed of the batches, the sampled answers and RMO")
     steps1: int = setting(40, "rollouts of stage 1 (regression, one image); 0 skips the stage")
     steps2: int = setting(100, "rollouts of stage 2 (joint, several images); 0 skips the stage")
-    batch_size: int = setting(16, "B, prompts in a step over all processes [paper: batch size 64]")
+    batch_size: int = setting(16, "prompts in a step, over all processes [paper: batch size 64]")
     group_size: int = setting(8, "G, answers to each prompt")
     images: tuple[int, ...] = setting((1, 2, 4, 8), "numbers of images in a prompt of stage 2, in turn [paper's data: 1, 2, 4, 8]")
 
@@ -49,7 +49,7 @@ class Settings:
     order: str | None = setting(None, 'how to say "lowest first", e.g. "from the youngest to the oldest"')
     decimals: int | None = setting(None, "decimals of a value in the reference answer")
     columns: str | None = setting(None, "of parquet files: image=COLUMN,label=COLUMN (default: found by their names)")
-    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, counted, instead of refusing them")
+    skip_bad: bool = setting(False, "leave out unreadable images and bad rows, and say how many, in the place of refusing them")
     balance: bool = setting(True, "draw rare labels more often, where images come from files (README, choice 9)")
     max_pixels: int | None = setting(None, "larger images are shrunk to this area; 784 pixels are a token (default: the model's)")
 
@@ -88,11 +88,11 @@ class Settings:
     workers: int = setting(1, "threads that read and resize the images of the next two steps; 0: none")
 
     checkpoint_every: int = setting(50, "steps between checkpoints", title="checkpoints, validation, evaluation, pictures")
-    validate_every: int = setting(25, "steps between validations on prompts of the val split, whose best policy a stage ends with; 0: the last one")
+    validate_every: int = setting(25, "steps between validations on the val split, which choose the policy that a stage ends with; 0: none, it ends with its last")
     val_samples: int = setting(20, "validation prompts for each number of images of the stage")
     eval_samples: int = setting(200, "test prompts for each number of images")
     watch_every: int = setting(24, "steps between pictures: a group of answers for each number of images, the curves so far; 0: none")
-    track: str | None = setting(None, "send the metrics there too; its package must be installed", choices=("tensorboard", "wandb"))
+    track: str | None = setting(None, "also send the metrics to this tracker; its package must be installed", choices=("tensorboard", "wandb"))
     # fmt: on
 
 
