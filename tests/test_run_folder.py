@@ -95,15 +95,14 @@ def test_damage_is_named_when_a_run_goes_on(killed, signals, capsys, file, damag
     assert all(p.read_bytes() == content for p, content in weights.items())  # nothing is lost
 
 
-def test_half_a_line_is_dropped_when_a_run_goes_on(killed, finished, signals, monkeypatch, capsys):
-    """And stage 1 may be somebody else's: it is taken with a word."""
+def test_half_a_line_is_dropped_when_a_run_goes_on(killed, finished, signals, monkeypatch):
+    """And stage 1 may be somebody else's, without checksums."""
     run, (out, _) = killed(2), finished
     (run / "stage1" / "checksums.json").unlink()
     for name in ("metrics.jsonl", "groups/groups.jsonl"):
         (run / name).write_text((run / name).read_text() + '{"stage": 2, "st')
     monkeypatch.setattr("support.show.monitor.watch_curves", lambda folder: None)
     train.main(["--resume"])
-    assert "stage1 has no checksums.json" in capsys.readouterr().err
     for file in ("metrics.jsonl", "results.json", "results.txt", "groups/groups.jsonl", "stage2/model.safetensors"):
         assert (run / file).read_bytes() == (out / file).read_bytes(), file
     assert (run / "timing.jsonl").read_text().count("\n") == 4

@@ -26,6 +26,7 @@ from support.datasets.saved_task import GIVEN
 from support.datasets.splits import LeftOut, format_left_out, format_outliers, keep_openable, read_dataset
 from support.run.atomic_files import write_text
 from support.run.quiet_end import abandon_broken_stdout
+from support.run.settings import number
 from support.show.results import best_constant, format_number, format_table
 from support.show.sheets import FAINT, GREEN, INK, Sheet
 
@@ -180,8 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("data_sheet.png"), help="picture of the samples")
     add("--question", help="asked about each image; {group}, {low}, {high} are filled in (None: the data set's own)")
     add("--order", help="how to say lowest first, such as 'from the youngest to the oldest'")
-    add("--delta", type=float, help="tolerance of R_reg in units of the label")
-    add("--decimals", type=int, help="of a value in the reference answer")
+    add("--delta", type=number(float), help="tolerance of R_reg in units of the label")
+    add("--decimals", type=number(int), help="of a value in the reference answer")
     add("--columns", help="of parquet files: image=COLUMN,label=COLUMN (None: found by their names)")
     args = parser.parse_args(argv)
     overrides = {field: getattr(args, field) for field in GIVEN}

@@ -118,8 +118,9 @@ def load_task(folder: str | Path) -> SavedTask | None:
         content = json.loads(read_text(file))
         tasks = [Task(**task) for task in content["tasks"]]
         saved = SavedTask(**content | {"tasks": {task.name: task for task in tasks}})
-        for values in (saved.overrides, *({field: getattr(task, field) for field in FIELDS} for task in tasks)):
-            check({field: value for field, value in values.items() if field != "columns"})
+        check({field: value for field, value in saved.overrides.items() if field != "columns"})
+        for task in tasks:
+            check({field: getattr(task, field) for field in FIELDS})
         if not tasks:
             raise ValueError("there is no task in it")
         return saved

@@ -8,7 +8,7 @@ the formula. tests/test_plan.py holds the parameters, the cache and the activati
 nothing has been measured: figures for it follow from its dtypes alone.
 
 Letters: P tokens, S image patches of the longest prompt; T tokens of the longest answer; G answers to a prompt; W processes;
-C hidden size, I width of the MLP, H query heads. GB is 10^9 bytes.
+C hidden size, I width of the MLP. GB is 10^9 bytes.
 """
 
 import support.run.quiet_end  # noqa: F401  first: Ctrl-C during the slow imports below is one line
@@ -126,10 +126,7 @@ class Plan:
         prefill = self.cache(prompts, 0) + self.cache(prompts, group) + work(prompts * P, self.text)  # copied to ours
         # Dropping finished answers copies up to 3/4 of the cache. Sampling: log-probs, and two float64 tensors as large.
         decoding = 1.75 * self.cache(prompts, group) + 20 * prompts * group * self.text.vocab_size
-        # What each query may see, of all answers' places: two tensors of bool become the bias. A copy is made with the cache's.
-        queries = group * self.text.num_attention_heads // self.text.num_key_value_heads
-        bias = (2 * self.m + 2) * prompts * queries * (P + group * T)
-        return max(encoding, prefill, decoding) + bias
+        return max(encoding, prefill, decoding)
 
     # The update
 
@@ -140,11 +137,11 @@ class Plan:
         return 4 * C + weight + self.m * C * (readers if self.cast else min(readers, 1))
 
     def per_token(self, config: Any, stream: int, readers: int, attention: int) -> int:
-        """Of a layer, what the backward pass needs of the forward pass: two norms; so many tensors of the attention and its
-        log-sums; of the MLP gate, silu(gate), up and their product.  readers: of the first norm"""
-        C, I, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        """Of a layer, what the backward pass needs of the forward pass: two norms; so many tensors of the attention; of the
+        MLP gate, silu(gate), up and their product.  readers: of the first norm"""
+        C, I = config.hidden_size, config.intermediate_size
         norms = self.norm(C, readers, stream) + self.norm(C, 2, stream)
-        return norms + attention * self.m * C + 4 * H + 4 * self.m * I
+        return norms + attention * self.m * C + 4 * self.m * I
 
     def text_layer(self, groups: int) -> float:
         """Of a packed row of `groups` prompts."""

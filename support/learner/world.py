@@ -58,8 +58,6 @@ def start_world(device: str) -> World:
             raise SettingError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
         name = f"cuda:{local}"
         torch.cuda.set_device(name)
-    elif name != "cpu":
-        raise SettingError(f"--device {device}: choose auto, cpu or cuda")
     if size > 1 and not dist.is_initialized():
         # gloo carries Python objects (rewards, predictions) between CPUs, nccl the tensors between GPUs
         backend = "cpu:gloo,cuda:nccl" if name != "cpu" else "gloo"

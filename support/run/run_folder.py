@@ -172,8 +172,6 @@ class RunFolder:
             raise SettingError(
                 f"--stage 2 starts from {first}, which does not exist: run --stage 1 --name {s.name} first"
             )
-        if not (first / "checksums.json").is_file():
-            print(f"{first} has no checksums.json, so nobody can tell whether its files are whole", file=sys.stderr)
         return Start(stage, checkpoint, first, "stage 1")
 
     def open(self, s: Settings, start: Start, checkpoints: Checkpoints) -> Results:
@@ -227,7 +225,9 @@ def last_row(s: Settings) -> str:
 
 def move_aside(path: Path) -> Path:
     """Rename the folder to path~1, path~2, ...: the first that does not exist. -> its new name"""
-    new = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}~{i}")).exists())
+    number = 1
+    while (new := path.with_name(f"{path.name}~{number}")).exists():
+        number += 1
     try:
         path.rename(new)
     except OSError as error:  # a mount point, or a folder of a container's image

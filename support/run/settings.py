@@ -77,7 +77,7 @@ class Settings:
     lora_alpha: float = setting(32.0, "an adapter's product is scaled by alpha / rank")
     lora_targets: str = setting("language", "the model's parts whose linear layers all get an adapter", choices=("language", "language+vision"))
 
-    device: str = setting("auto", "auto (a GPU if there is one), cpu or cuda", title="machine and memory")
+    device: str = setting("auto", "auto: a GPU if there is one", title="machine and memory", choices=("auto", "cpu", "cuda"))
     rollout_batch: int = setting(
         64, "prompts of a process that are encoded and decoded together: bounds the memory of rollout and evaluation; 0: the most that fit the GPU")
     max_tokens_per_forward: int = setting(

@@ -92,7 +92,9 @@ def results_table(results: Results) -> str:
     The blind rows stand last in each block. n: prompts; n (tau): those that tau and tau_values rest on. +-95%: half the
     width of the interval (see `intervals`) of the number on its left.
     """
-    head = [cell for key, title in COLUMNS.items() for cell in (title, "+-95%")[: 1 + (key in WITH_INTERVAL)]]
+    head: list[str] = []
+    for key, title in COLUMNS.items():
+        head += [title, "+-95%"] if key in WITH_INTERVAL else [title]
     is_blind = lambda name: any("constant" in row for row in results[name].values())
     lines: list[list[str]] = []
     for n in sorted({n for rows in results.values() for n in rows}):
