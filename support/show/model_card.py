@@ -80,22 +80,17 @@ def what_was_learned(results: Results) -> str:
     policies = [name for name in results if name == "base" or name.startswith("stage")]
     first, last, numbers = policies[0], policies[-1], sorted(results[policies[-1]])
 
-    def shown(name: str, metric: str, least: int = 1) -> str:
-        known = [results.get(name, {}).get(n, {}).get(metric) for n in numbers if n >= least]
-        return " / ".join(f"{x:.0%}" if x is not None and metric == "valid" else format_number(x, 2) for x in known)
+    def shown(name: str, metric: str) -> str:
+        rows = results.get(name, {})
+        return " / ".join(format_number(rows.get(n, {}).get(metric), 2) for n in numbers)
 
-    said = (
-        f"From {first} to {last}, the mean error of the values went from {shown(first, 'mae')} to {shown(last, 'mae')} at "
-        f"{' / '.join(map(str, numbers))} image{'s' * (numbers != [1])} in a prompt; the best constant errs by "
-        f"{shown('best constant by MAE', 'mae')}. "
+    return (
+        f"From {first} to {last}, with {' / '.join(map(str, numbers))} images in a prompt: the mean error of the values went from "
+        f"{shown(first, 'mae')} to {shown(last, 'mae')}; the best constant errs by {shown('best constant by MAE', 'mae')}. Tau of "
+        f"the order went from {shown(first, 'tau')} to {shown(last, 'tau')}; the order of the prompt has "
+        f"{shown('prompt order', 'tau')}. This is of valid answers alone: {shown(first, 'valid')} of {first}'s, "
+        f"{shown(last, 'valid')} of {last}'s."
     )
-    if several := [n for n in numbers if n > 1]:
-        said += (
-            f"Tau of the order went from {shown(first, 'tau', 2)} to {shown(last, 'tau', 2)} at "
-            f"{' / '.join(map(str, several))} images; the order of the prompt has {shown('prompt order', 'tau', 2)}. "
-        )
-    valid = f"{shown(first, 'valid')} of {first}'s answers, {shown(last, 'valid')} of {last}'s"
-    return f"{said}This is of valid answers alone: {valid}."
 
 
 def write_model_card(folder: Path, name: str, s: Settings, items: Sequence[Item], results: Results) -> None:
