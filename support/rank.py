@@ -178,19 +178,15 @@ def rank_command(
         raise DataError(f"--out {out} is ranked itself: its sheet would be among the images the next time")
     say(saved_task.describe([task], saved, args.data))
     policy = load_policy(args, args.max_pixels or (saved.max_pixels if saved else None))
-    n = len(items)
-    windows = sum(len(window_starts(n, args.window, r)) for r in range(args.rounds)) if n > 1 else 0
-    say(f"{n} prompts with 1 image, {windows} with {min(args.window, n)} ...")
     ranked = rank_images(asker(answer_greedily, policy, args.batch_size), items, args.window, args.rounds)
-    if ranked.values.count(None) == n and ranked.invalid == windows:
-        raise rarl.ModelError(
-            f"none of the {n + windows} answers is valid, so there is no order: train this model first"
-        )
-    rows: list[dict] = [
-        {"rank": r, "file": items[i].name, "value": ranked.values[i]} for r, i in enumerate(ranked.order, 1)
-    ]
-    value = lambda row: "-" if row["value"] is None else f"{row['value']:.6g}"
-    table = [["rank", "value", "file"], *([str(row["rank"]), value(row), row["file"]] for row in rows)]
+    if ranked.values.count(None) == len(items) and ranked.invalid == ranked.windows:
+        raise rarl.ModelError("none of the answers is valid, so there is no order: train this model first")
+    rows: list[dict] = []
+    table = [["rank", "value", "file"]]
+    for rank, i in enumerate(ranked.order, start=1):
+        file, value = items[i].name, ranked.values[i]
+        rows.append({"rank": rank, "file": file, "value": value})
+        table.append([str(rank), "-" if value is None else f"{value:.6g}", file])
     print(format_table(table, left=(2,)))
     write_predictions(rows, out / "ranking.jsonl")
     draw_ranking(items, ranked.order, ranked.values, out / "ranking.png")

@@ -190,8 +190,8 @@ def test_the_table_of_the_page_is_what_is_printed(tmp_path):
         (None, [], "model folder .* does not exist"),
         ("{", [], "cannot read config.json"),
         (json.dumps({"model_type": "bert"}), [], "the model is a bert"),
-        ((TINY / "config.json").read_text(), ["--data", "cats"], "--data cats is unknown"),
-        ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory -1.0 must be positive"),
+        ((TINY / "config.json").read_text(), ["--data", "cats"], "unknown data set 'cats'"),
+        ((TINY / "config.json").read_text(), ["--gpu-memory", "-1"], "--gpu-memory: -1 is less than 0"),
         ((TINY / "config.json").read_text(), ["--preset", "csv", "--steps1", "-1"], "--steps1 -1 must not be negative"),
     ],
 )

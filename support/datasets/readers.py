@@ -85,13 +85,10 @@ def read_coco(root: Path, folder: Path) -> Iterator[Row]:
     parts = {file: "val" if "val" in file.stem else "train" for file in files}
     inside = [*folder.glob("*"), *folder.glob("images/*"), *folder.glob("coco/*")]
     others = sorted(f for f in inside if f.is_dir() and f.name not in ANNOTATIONS)
-    annotated: dict[str, Path] = {}  # image -> the file that has it
     for file in files:
         year = file.stem.removeprefix("instances_")  # val2017
         folders = [f for f in (folder / year, folder / "images" / year, folder, *others) if f.is_dir()]
         images, counts, crowds = _count_instances(file)
-        if twice := next((name for name in images if annotated.setdefault(name, file) != file), None):
-            raise DataError(f"{annotated[twice]} and {file} both annotate {twice}: point --data-root at one of the two")
         paths = {name: _locate(folders, name) for name in images}
         for (name, category), count in counts.items():
             split = split_of_part(parts[file], {*parts.values()}, name)

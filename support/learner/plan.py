@@ -40,7 +40,7 @@ from support.learner import lora
 from support.learner.world import World
 from support.run.interrupts import leave
 from support.run.preflight import task_overrides
-from support.run.settings import SettingError, Settings, parse_settings
+from support.run.settings import SettingError, Settings, number, parse_settings
 from support.show.results import format_table
 
 GB = 1e9
@@ -261,10 +261,8 @@ def read_config(path: str | Path) -> Any:
 
 def training_items(s: Settings, most: int) -> list[data.Item]:
     """The training images; without --data-root one of `most` pixels, with a label of five digits."""
-    if s.data in DRAWN or s.data_root:
+    if s.data_root or s.data not in READERS:  # drawn ones, or an unknown one, which is refused
         return load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
-    if s.data not in READERS:
-        raise data.DataError(f"--data {s.data} is unknown: choose one of {', '.join([*DRAWN, *READERS])}")
     task = READERS[s.data][1]
     task = dataclasses.replace(task, decimals=3) if task.decimals < 0 else task  # unknown without labels
     side = math.isqrt(most)
@@ -386,10 +384,10 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, float]:
         prog="python -m support.learner.plan", allow_abbrev=False, epilog="All other arguments are those of train.py.",
         description="Compute what a run needs in memory, on 1 to 8 processes.",
     )  # fmt: skip
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of a card (default: 80)")
+    parser.add_argument(
+        "--gpu-memory", type=number(float, 0), default=80.0, metavar="GB", help="of a card (default: 80)"
+    )
     own, others = parser.parse_known_args(argv)
-    if not 0 < own.gpu_memory < math.inf:
-        raise SettingError(f"--gpu-memory {own.gpu_memory} must be positive and finite")
     return with_usual_batches(parse_settings(others, needed=("model",))), own.gpu_memory
 
 
