@@ -302,8 +302,8 @@ def test_a_blind_policy_is_named(policy, tmp_path, monkeypatch, capsys):
     arguments = f"--model m/x --data dots --images 2 --samples 12 --device cpu --out {tmp_path}/out"
     evaluation.main(arguments.split())
     output = capsys.readouterr().out
-    assert "note: the policy says one value of nearly all images" in output
-    assert "in the order of the prompt, so its tau is chance: 100% of its lists at 2 images" in output
+    assert "note: at 2 images the policy says 1 of 100% of the images" in output
+    assert "note: at 2 images 100% of the lists are in the order of the prompt: their tau is chance" in output
     known = json.loads((tmp_path / "out/results.json").read_text())["x"]["2"]["remarks"]
     assert len(known) == 2 and all(f"note: {remark}" in output for remark in known)
 

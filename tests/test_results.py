@@ -67,8 +67,7 @@ def test_remarks_name_a_policy_that_says_one_value_nearly_always():
     assert remarks(judged(*right)) == []
     once = [(sample(n), answer((1, 1 if n else 7))) for n in range(10)]  # 9 of 10
     (said,) = remarks(judged(*once))
-    assert "one value of nearly all images" in said
-    assert said.endswith(": 1 for 90% of them at 1 image, whose label it is for 10%")
+    assert said.startswith("at 1 image the policy says 1 of 90% of the images, whose label it is for 10%: ")
     assert remarks(judged(*once[:9])) == [], "fewer may be chance"
     eight = [(sample(n), answer((1, 1 if n > 1 else 7 + n))) for n in range(10)]
     assert remarks(judged(*eight)) == []
@@ -81,7 +80,7 @@ def listed(in_order, others):
 
 def test_remarks_name_a_policy_that_lists_in_prompt_order():
     (said,) = remarks(listed(19, 1))
-    assert "in the order of the prompt" in said and said.endswith(": 95% of its lists at 3 images")
+    assert said == "at 3 images 95% of the lists are in the order of the prompt: their tau is chance"
     assert remarks(listed(18, 2)) == [] and remarks(listed(9, 0)) == []
     single = judged(*((sample(n), answer((1, n))) for n in range(10)))
     assert remarks(single) == [], "one image has no order"
@@ -91,7 +90,7 @@ def test_remarks_say_on_how_few_answers_the_numbers_rest():
     four = [(sample(1, 2, 3, 4), "?")] * 59 + [(sample(1, 2, 3, 4), answer(*((i, i) for i in range(1, 5))))]
     good = [(sample(k % 9), answer((1, k))) for k in range(90)]
     (said,) = remarks(judged(*good, *four))
-    assert said == "few answers are valid, and what is said of values and order rests on these: 1 of 60 at 4 images"
+    assert said == "at 4 images 1 of 60 answers are valid, and values and order rest on these"
     assert remarks(judged((sample(1), answer((1, 1))), (sample(1), "?"))) == []
     assert remarks([]) == []
 

@@ -165,31 +165,29 @@ NEARLY_ALL_VALUES, NEARLY_ALL_ORDERS, FEW_VALID = 0.9, 0.95, 0.5  # shares that 
 
 
 def remarks(predictions: Sequence[dict]) -> list[str]:
-    """Sentences on what the metrics hide: few valid answers, one value nearly always, lists nearly always in prompt order.
-
-    Each names the numbers of images in a prompt for which it holds.
-    """
-    few, constant, unsorted = [], [], []
+    """Sentences on what the metrics hide: few valid answers, one value nearly always, lists nearly always in prompt order."""
+    said = []
     for n in sorted({len(p["labels"]) for p in predictions}):
         asked = [p for p in predictions if len(p["labels"]) == n]
         valid = [p for p in asked if p["values"] is not None]
         at = f"at {n} image{'s' * (n > 1)}"
         if len(valid) < FEW_VALID * len(asked):
-            few.append(f"{len(valid)} of {len(asked)} {at}")
+            said.append(f"{at} {len(valid)} of {len(asked)} answers are valid, and values and order rest on these")
         values = [value for p in valid for value in p["values"]]
+        labels = [label for p in valid for label in p["labels"]]
         value, times = Counter(values).most_common(1)[0] if values else (math.nan, 0)
         if len(values) >= ENOUGH and times >= NEARLY_ALL_VALUES * len(values):
-            right = [label for p in valid for label in p["labels"]].count(value) / len(values)
-            constant.append(f"{value:g} for {times / len(values):.0%} of them {at}, whose label it is for {right:.0%}")
-        listed = sum(p["order"] == sorted(p["order"]) for p in valid)
-        if n > 1 and len(valid) >= ENOUGH and listed >= NEARLY_ALL_ORDERS * len(valid):
-            unsorted.append(f"{listed / len(valid):.0%} of its lists {at}")
-    said = {
-        "few answers are valid, and what is said of values and order rests on these: ": few,
-        "the policy says one value of nearly all images, so compare it with the best constants: ": constant,
-        "the policy lists the images in the order of the prompt, so its tau is chance: ": unsorted,
-    }
-    return [text + "; ".join(places) for text, places in said.items() if places]
+            share, right = times / len(values), labels.count(value) / len(labels)
+            said.append(
+                f"{at} the policy says {value:g} of {share:.0%} of the images, whose label it is for {right:.0%}: compare it "
+                "with the best constants"
+            )
+        unsorted = sum(p["order"] == sorted(p["order"]) for p in valid)
+        if n > 1 and len(valid) >= ENOUGH and unsorted >= NEARLY_ALL_ORDERS * len(valid):
+            said.append(
+                f"{at} {unsorted / len(valid):.0%} of the lists are in the order of the prompt: their tau is chance"
+            )
+    return said
 
 
 # --- what a policy that sees no image would get ---------------------------------------------------------------
