@@ -4,7 +4,6 @@ does not look."""
 import csv
 import math
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,10 @@ SHARES = ("zero_spread", "mutated")
 LINES: dict[str, Any] = {"before training": ":", "blind": "--", "ceiling": "-"}  # of the eyes
 
 Variants = dict[str, list[tuple[Run, Outcome]]]  # variant -> its run for each seed
-# Data set and model: what decides over the numbers of a policy that did not train or does not look
-Place = tuple[str, str]
 
 
 def report(experiment: str, runs: dict[str, list[Run]]) -> str:
-    """Write runs/ablate-EXPERIMENT.txt, .csv and .png. runs: variant -> for each seed. -> the table"""
+    """Write runs/ablate-EXPERIMENT.txt, .csv and .png. runs: variant -> for each seed, all with the same test prompts. -> the table"""
     variants = {variant: [(run, read_run(run)) for run in seeds] for variant, seeds in runs.items()}
     cells = [[name, *(f" {cell}" for cell in row)] for name, *row in table_rows(variants)]
     text = f"{experiment}: mean (lowest to highest) of {rests_on(variants)}\n\n{format_table(cells)}"
@@ -54,43 +51,17 @@ def rests_on(variants: Variants) -> str:
 # Numbers
 
 
-def place_of(run: Run) -> Place:
-    """Files on disk are named by their folder."""
-    root = None if run.evaluate_on else run.settings.data_root
-    return run.evaluate_on or (Path(root).name if root else run.settings.data), run.settings.model
-
-
-def references(variants: Variants) -> dict[Place, tuple[Row, ...]]:
-    """Place -> metrics of each of LINES. The seeds share the test prompts, so any run there will do."""
-    found: dict[Place, tuple[Row, ...]] = {}
-    for run, outcome in (pair for seeds in variants.values() for pair in seeds):
-        of_run = outcome.base, outcome.blind, outcome.most
-        before = found.get(place_of(run), of_run)
-        found[place_of(run)] = tuple(new | old for new, old in zip(of_run, before, strict=True))
-    return found
-
-
-def reference_rows(variants: Variants) -> Iterator[tuple[str, Row]]:
-    """A row for each of LINES; where their numbers differ from place to place, for each place, named by it."""
-    found = references(variants)
-    alike: dict[str, list[Place]] = {}
-    for place, pair in found.items():
-        alike.setdefault(str(pair), []).append(place)
-    models = {model for _, model in found}
-    for places in alike.values():
-        where = ", ".join(data if len(models) == 1 else f"{data} with {model}" for data, model in places)
-        for name, row in zip(LINES, found[places[0]], strict=True):
-            if row or name != "ceiling":  # a policy has eyes that were examined, or not
-                yield (f"{name}, {where}" if len(alike) > 1 else name), row
+def references(variants: Variants) -> dict[str, Row]:
+    """For each of LINES its metrics. All runs share base and test prompts, so any of them will do."""
+    _, first = next(iter(variants.values()))[0]
+    found = zip(LINES, (first.base, first.blind, first.most), strict=True)
+    return {name: row for name, row in found if row}  # only some policies have eyes that were examined
 
 
 def columns(variants: Variants) -> list[str]:
-    """Of every run together, as one may have more numbers of images: valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ...
-
-    And of what they are compared with: where no trained policy has a valid answer, the base or its eyes may have one.
-    """
+    """valid, MAE@1, MAE@2, ..., tau@2, ..., entropy, ... of every run, and of what they are compared with."""
     kinds = [*BARS, *NEAR, "contradict", "steps to 90 %", *STEPS]
-    rows = [row for _, row in reference_rows(variants)] + [o.row for seeds in variants.values() for _, o in seeds]
+    rows = [*references(variants).values(), *(outcome.row for seeds in variants.values() for _, outcome in seeds)]
     names = {name for row in rows for name in row}
     return sorted(names, key=lambda name: (kinds.index(name.split("@")[0]), int(name.partition("@")[2] or 0)))
 
@@ -108,7 +79,7 @@ def cell(values: list[float]) -> str:
 def table_rows(variants: Variants) -> list[list[str]]:
     names = columns(variants)
     rows = [["", *names]]
-    for title, row in reference_rows(variants):
+    for title, row in references(variants).items():
         rows.append([title, *(format_number(row.get(name)) for name in names)])
     for title, seeds in variants.items():
         rows.append([title, *(cell([outcome.row.get(name, math.nan) for _, outcome in seeds]) for name in names)])
@@ -118,7 +89,7 @@ def table_rows(variants: Variants) -> list[list[str]]:
 def write_csv(variants: Variants, path: Path) -> None:
     """A line for each variant and seed, after those without a seed. What is undefined stays empty."""
     known = lambda row: {name: x for name, x in row.items() if not math.isnan(x)}
-    lines = [{"variant": title} | known(row) for title, row in reference_rows(variants)]
+    lines = [{"variant": title} | known(row) for title, row in references(variants).items()]
     for title, seeds in variants.items():
         lines += [{"variant": title, "seed": run.settings.seed} | known(outcome.row) for run, outcome in seeds]
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -170,8 +141,7 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
     patches = [Patch(color=colour, label=variant) for variant, colour in colours.items()]
-    known = [name for name, *rows in zip(LINES, *references(variants).values(), strict=True) if any(rows)]
-    lines = [Line2D([], [], color="black", linestyle=LINES[name], label=name) for name in known]
+    lines = [Line2D([], [], color="black", linestyle=LINES[name], label=name) for name in references(variants)]
     lines += [Line2D([], [], color="black", marker="o", markersize=3, linestyle="", label="one seed")]
     lines += [Line2D([], [], color="grey", linewidth=0.8, label="stage 2 begins")]
     title = f"{experiment}. Above: after training, bar = mean of {rests_on(variants)}. Below: while it trains, mean of the seeds"
@@ -183,7 +153,6 @@ def draw(experiment: str, variants: Variants, path: Path) -> None:
 
 def draw_bars(axis, kind: str, variants: Variants, colours: dict[str, str]) -> None:
     """A bar for each variant, side by side for each number of images; lines are what the bar is to be compared with."""
-    found, places = references(variants), [place_of(seeds[0][0]) for seeds in variants.values()]
     names = [name for name in columns(variants) if name.split("@")[0] == kind]
     width = 0.8 / len(variants)
     for number, name in enumerate(names):
@@ -192,12 +161,9 @@ def draw_bars(axis, kind: str, variants: Variants, colours: dict[str, str]) -> N
             x, values = left(i + 0.5), [outcome.row.get(name, math.nan) for _, outcome in seeds]
             axis.bar(x, mean(values), width=0.9 * width, color=colours[variant], alpha=0.75)
             axis.plot([x] * len(values), values, "o", color="black", markersize=3)
-        for place, neighbours in groupby(range(len(variants)), key=lambda i: places[i]):
-            first, *others = neighbours
-            for row, style in zip(found[place], LINES.values(), strict=True):
-                level = row.get(name, math.nan)
-                ends = [left(first), left(first + 1 + len(others))]
-                axis.plot(ends, [level, level], style, color="black", linewidth=1.2)
+        for title, row in references(variants).items():
+            level = row.get(name, math.nan)
+            axis.plot([left(0), left(len(variants))], [level, level], LINES[title], color="black", linewidth=1.2)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(names)), [name.partition("@")[2] for name in names])
     axis.set_xlabel("worst case" if kind == "valid" else "images in the prompt")
@@ -206,8 +172,6 @@ def draw_bars(axis, kind: str, variants: Variants, colours: dict[str, str]) -> N
 def draw_curves(axis, key: str, variants: Variants, colours: dict[str, str]) -> None:
     for variant, seeds in variants.items():
         run = seeds[0][0]
-        if run.evaluate_on:  # it trained like the one that is evaluated at home
-            continue
         for x, y in curve(seeds, key):
             axis.plot(x, y, color=colours[variant], linewidth=1.5)
         if len(run.stages) == 2:

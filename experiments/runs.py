@@ -1,6 +1,5 @@
 """The runs that an experiment compares: planned from settings, trained in processes of their own, read when they are done."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -8,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from experiments.ceiling import ceiling
-from experiments.commands import CommandError, at_least
+from experiments.commands import CommandError
 from support.run.settings import SettingError, Settings, comparable, parse_settings, read_settings
 from support.show.results import mean
 
@@ -27,18 +26,9 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 
 # What is shown of the training steps: title -> key in metrics.jsonl
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
-         "mutated": "mutated", "redrawn": "redrawn", "inverted": "inverted"}  # fmt: skip
+         "mutated": "mutated", "inverted": "inverted"}  # fmt: skip
 LEARNED = 0.9  # of the sampled answers have the format
 WITHIN = {"utkface": 5}  # data set -> an error that is small there
-
-
-def parser_of(program: str, description: str) -> argparse.ArgumentParser:
-    """With the settings of every command that compares runs."""
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each variant runs once for each")
-    threads = "runs at a time (set OMP_NUM_THREADS so that they fit)"
-    parser.add_argument("--jobs", type=at_least(1), default=1, help=threads)
-    return parser
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -47,17 +37,12 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
 
 @dataclasses.dataclass
 class Run:
-    """One training run, and the data set that its last policy is evaluated on.
-
-    rival        of the method, see rivals.py; None: the method itself
-    evaluate_on  name of the data set; None: the test split of the training's own
-    """
+    """One training run, of the method ("rarl") or of a rival in rivals.py."""
 
     name: str
     arguments: list[str]
     settings: Settings
-    rival: str | None = None
-    evaluate_on: str | None = None
+    rival: str = "rarl"
 
     @property
     def stages(self) -> dict[int, int]:
@@ -74,10 +59,6 @@ class Run:
     def folder(self) -> Path:
         return Path("runs") / self.name
 
-    @property
-    def results(self) -> Path:
-        return (self.folder / f"on-{self.evaluate_on}" if self.evaluate_on else self.folder) / "results.json"
-
     def is_begun(self) -> bool:
         """Whether the folder holds a run of these settings. Those of the machine may be others, as when one is resumed."""
         try:
@@ -90,10 +71,10 @@ class Run:
         return self.is_begun() and (self.folder / "results.txt").exists()
 
 
-def plan(name: str, arguments: list[str], rival: str | None = None, evaluate_on: str | None = None) -> Run:
+def plan(name: str, arguments: list[str], rival: str = "rarl") -> Run:
     """Raises SettingError if train.py would refuse the settings."""
     arguments = ["--name", name, *arguments]
-    run = Run(name, arguments, parse_settings(arguments), rival, evaluate_on)
+    run = Run(name, arguments, parse_settings(arguments), rival)
     if not run.steps:
         raise SettingError("--steps1 and --steps2 are both 0: nothing would be trained")
     return run
@@ -111,58 +92,35 @@ class Trainer:
         self.children: list[subprocess.Popen] = []
         self.stopped = False
 
-    def train_all(self, runs: list[Run], jobs: int, when_done: Callable[[str], None] = lambda name: None) -> None:
-        """`jobs` at a time, each once, however many of `runs` share it; `when_done` is called with its name.
+    def train_all(self, runs: list[Run], jobs: int) -> None:
+        """`jobs` at a time, each once, however often it is named.
 
         If one fails, or at Ctrl-C, the others save and stop too, and no further one begins.
         """
-        shared: dict[str, list[Run]] = {}
-        for run in runs:
-            shared.setdefault(run.name, []).append(run)
-        steps = {name: of[0].steps for name, of in shared.items()}
-        left = {name: 0 if of[0].is_done() else steps[name] for name, of in shared.items()}
-        done = sum(steps.values()) - sum(left.values())
+        once = {run.name: run for run in runs}.values()
         with ThreadPoolExecutor(jobs) as pool:  # threads that wait for processes
             try:
-                futures = {pool.submit(self.finish, of): name for name, of in shared.items()}
-                with tqdm(total=sum(steps.values()), initial=done, unit="step", desc=f"{len(shared)} runs") as bar:
-                    for future in as_completed(futures):
-                        future.result()
-                        bar.update(left[futures[future]])
-                        when_done(futures[future])
+                futures = [pool.submit(self.train_unless_done, run) for run in once]
+                for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+                    future.result()
             finally:
                 self.stop()
 
-    def finish(self, runs: list[Run]) -> None:
-        """Train what is one run, and evaluate it wherever one of `runs` asks for that."""
-        self.train_unless_done(runs[0])
-        for run in runs:
-            if run.evaluate_on and not run.results.exists():
-                self.evaluate(run)
-
     def train_unless_done(self, run: Run) -> None:
-        if not run.is_done():
-            resume = ["--resume"] if run.is_begun() else []
-            self.call(run, ["experiments/rivals.py", run.rival or "rarl", *run.arguments, *resume], log_mode="w")
-
-    def evaluate(self, run: Run) -> None:
-        s = run.settings
-        words = ["--model", run.folder / f"stage{max(run.stages)}", "--data", run.evaluate_on, "--seed", 0,
-                 "--images", *sorted({1, *s.images}), "--samples", s.eval_samples, "--device", s.device,
-                 "--batch-size", s.rollout_batch or 64, "--out", run.results.parent]  # fmt: skip
-        self.call(run, ["eval.py", *map(str, words)], log_mode="a")
-
-    def call(self, run: Run, words: list[str], log_mode: str) -> None:
-        """Run one of the project's programs. Raises CommandError with its last line if it fails."""
+        """Raises CommandError with the last line of its log if it fails."""
+        if run.is_done():
+            return
         log = run.folder.with_name(run.name + ".log")
-        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        command = [sys.executable, str(ROOT / "experiments/rivals.py"), run.rival, *run.arguments]
+        if run.is_begun():
+            command.append("--resume")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for a program in experiments/
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with self.lock:
             if self.stopped:
                 return
             log.parent.mkdir(exist_ok=True)
-            with open(log, log_mode, encoding="utf-8") as file:
+            with open(log, "w", encoding="utf-8") as file:
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
             self.children.append(process)
         if process.wait():
@@ -185,7 +143,7 @@ class Outcome:
     """What one run shows.
 
     row    held-out metrics of the final policy, then means over the steps of training
-    base   held-out metrics before training; empty if the run is evaluated elsewhere, where its base was not
+    base   held-out metrics before training
     blind  MAE of the best constant, tau of the order of the prompt
     most   what the eyes alone know, if the policy was made with a record of it (ceiling.py)
     steps  stage -> lines of metrics.jsonl
@@ -272,18 +230,17 @@ def eyes_alone(run: Run, within: float) -> Row:
 
 def read_run(run: Run) -> Outcome:
     """Raises CommandError for files that are damaged."""
-    file, redo = run.results, "evaluated" if run.evaluate_on else "trained"
+    file = run.folder / "results.json"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         last = [name for name in results if name.startswith("stage")][-1]
-        row, most = held_out(results[last]), {}
-        base = {} if run.evaluate_on else held_out(results["base"])
+        row, base, most = held_out(results[last]), held_out(results["base"]), {}
         blind = {f"MAE@{n}": number(r["mae"]) for n, r in results["best constant by MAE"].items()}
         blind |= {f"tau@{n}": number(r["tau"]) for n, r in results["prompt order"].items()}
         if within := WITHIN.get(run.settings.data):
             row, base = (r | near(predictions_of(run, name), within) for r, name in ((row, last), (base, "base")))
             most = eyes_alone(run, within)
-        file, redo = run.folder / "metrics.jsonl", "trained"
+        file = run.folder / "metrics.jsonl"
         logs = json_lines(file)
         if run.rival == "imitation":  # it has no groups of answers
             logs = [log | dict.fromkeys(("advantage_var", "zero_spread", "mutated", "inverted")) for log in logs]
@@ -295,4 +252,4 @@ def read_run(run: Run) -> Outcome:
         return Outcome(row, base, blind, most, steps)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CommandError(f"{file} is damaged ({reason}): delete {file.parent}, and it is {redo} again") from None
+        raise CommandError(f"{file} is damaged ({reason}): delete {run.folder}, and it is trained again") from None

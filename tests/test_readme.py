@@ -26,7 +26,7 @@ SMALL = {  # what makes a command short, added at its end
     "experiments.bench": "--prompts 1 --images 1 --pixels 56 --group 2 --tokens 4 --repeats 1",
     "experiments.ablate": f"--seeds 0 -- {TRAIN}",
     "experiments.rivals": f"{TRAIN} --name rival --steps2 0",
-    "experiments.rescue": "--seeds 0 --steps 2",
+    "experiments.rescue": f"--seeds 0 -- {TRAIN}",
     "experiments.make_tiny": "--eyes-steps 1 --rotated-steps 1 --sorted-steps 1 --habits-steps 1 --pictures 64",
 }
 ELSEWHERE = ("/data/", "Qwen/", "HOST", "photos")  # needs data, a hub or other machines
@@ -92,7 +92,7 @@ def test_the_first_commands_run_as_typed(tmp_path):
 
 def test_every_other_command_runs(finished, here, monkeypatch, signals):
     import train
-    from experiments import ablate, make_tiny, rescue
+    from experiments import ablate, make_tiny
     from experiments.rivals import MEASURED, RIVALS
 
     shutil.copytree(finished[0], here / "runs" / "rarl")  # what `python train.py` leaves
@@ -109,7 +109,8 @@ def test_every_other_command_runs(finished, here, monkeypatch, signals):
             shutil.copytree(trained[stages], run.folder)
 
     monkeypatch.setattr(ablate.Trainer, "train_unless_done", train_first)
-    monkeypatch.setattr(rescue.Base, "folder", lambda self: ROOT / "tiny")  # tested in test_rescue.py
+    for name in ("runs/in-prose", "runs/smollm2"):  # tested in test_rescue.py
+        monkeypatch.setitem(ablate.MADE, name, lambda folder: shutil.copytree(ROOT / "tiny", folder))
     monkeypatch.setattr(make_tiny, "examine", lambda *policy: ("", []))  # tested in test_lessons.py
     for module, name, _ in [MEASURED, *(place for places in RIVALS.values() for place in places)]:
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
