@@ -273,9 +273,8 @@ def micro_batches(batch: Batch, wanted: list[int], limit: int) -> list[list[int]
     """
     G = batch.group_size
     answers = batch.mask.view(len(batch.prompts), -1).sum(1).tolist()  # tokens of each group's answers
-    tokens = [
-        len(p.ids) + n - G for p, n in zip(batch.prompts, answers, strict=True)
-    ]  # an answer's last does not go in
+    # The last token of an answer does not go in.
+    tokens = [len(p.ids) + n - G for p, n in zip(batch.prompts, answers, strict=True)]
     micros: list[list[int]] = []
     for b in sorted(wanted, key=lambda b: (tokens[b], b)):
         if micros and sum(tokens[i] for i in [*micros[-1], b]) <= limit:

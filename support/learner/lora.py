@@ -127,10 +127,11 @@ def adapters_off(model: nn.Module, instead: Adapters | None = None) -> Iterator[
 
 def adapters_cast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it A and B are as their layer's W, cast once and not at each call. For sampling: no gradient gets through."""
-    dtype = lambda x: x.base.weight.dtype
-    return adapters_off(
-        model, {n: (x.A.detach().to(dtype(x)), x.B.detach().to(dtype(x))) for n, x in lora_layers(model).items()}
-    )
+    cast = {}
+    for name, layer in lora_layers(model).items():
+        dtype = layer.base.weight.dtype
+        cast[name] = layer.A.detach().to(dtype), layer.B.detach().to(dtype)
+    return adapters_off(model, cast)
 
 
 def adapters_of(model: nn.Module) -> Adapters:

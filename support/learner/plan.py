@@ -39,7 +39,7 @@ from support.datasets.splits import load_splits
 from support.learner import lora
 from support.learner.world import World
 from support.run.interrupts import leave
-from support.run.preflight import task_overrides
+from support.run.preflight import hardest_samples, task_overrides
 from support.run.settings import SettingError, Settings, number, parse_settings
 from support.show.results import format_table
 
@@ -260,13 +260,13 @@ def read_config(path: str | Path) -> Any:
 
 
 def training_items(s: Settings, most: int) -> list[data.Item]:
-    """The training images; without --data-root one of `most` pixels, with a label of five digits."""
+    """The training images; without --data-root as many as a prompt holds, of `most` pixels, with labels of five digits."""
     if s.data_root or s.data not in READERS:  # drawn ones, or an unknown one, which is refused
         return load_splits(s.data, s.data_root, ("train",), task_overrides(s), s.skip_bad)[0]
     task = READERS[s.data][1]
     task = dataclasses.replace(task, decimals=3) if task.decimals < 0 else task  # unknown without labels
     side = math.isqrt(most)
-    return [data.Item("", 1e4, task, lambda: Image.new("L", (side, side)))]
+    return [data.Item(str(i), 1e4, task, lambda: Image.new("L", (side, side))) for i in range(max(s.images))]
 
 
 def longest_prompt(s: Settings, config: Any, items: Sequence[data.Item] | None = None) -> Longest:
@@ -286,12 +286,10 @@ def longest_prompt(s: Settings, config: Any, items: Sequence[data.Item] | None =
         tokens = max(tokens, height * width // edge**2)
         if tokens == most // edge**2:
             break
-    pools, label = data.make_pools(list(items), 1), lambda item: item.label
-    question = max(len(s.question or data.question_text(task, n)) for task in pools)
+    question = max(len(s.question or data.question_text(task, n)) for task in {item.task for item in items})
     P = n * (tokens + 9) + question // 3 + 24  # 9: "Image 1: " and the image's marks; 24: the chat's
-    ends = [end(pool, key=label) for pool in pools.values() for end in (min, max)]  # labels of the most letters
-    guess = SimpleNamespace(tokenizer=lambda texts: {"input_ids": [text[::2] for text in texts]})
-    T = s.max_new_tokens or data.max_answer_tokens(guess, [data.Sample((item,) * n) for item in ends])
+    every_second_letter = SimpleNamespace(tokenizer=lambda texts: {"input_ids": [text[::2] for text in texts]})
+    T = s.max_new_tokens or data.max_answer_tokens(every_second_letter, hardest_samples(list(items), (n,)))
     return Longest(P, n * tokens * merge**2, T)
 
 
