@@ -30,27 +30,6 @@ TITLE, TEXT, ROW, CAPTION = 22, 14, 26, 24  # letters of the title and of the re
 _font = lru_cache(ImageFont.load_default)  # it is unpacked anew at every call
 
 
-def write(
-    draw: ImageDraw.ImageDraw,
-    size: int,
-    xy: tuple[float, float],
-    text: str,
-    room: float,
-    colour: str,
-    anchor: str = "la",
-) -> float:
-    """Write what fits into `room` pixels; of a longer text the middle is left out. -> x behind it"""
-    font = _font(size)
-    # The built-in font knows little beyond ASCII. A policy may write anything, and a file have any name.
-    text = text.replace("\n", " ").encode("ascii", "backslashreplace").decode()
-    shown, half = text, min(len(text), 1000) // 2
-    while half > 0 and draw.textlength(shown, font) > room:
-        half -= 1
-        shown = f"{text[:half]}...{text[len(text) - half :]}"
-    draw.text(xy, shown, fill=colour, font=font, anchor=anchor)
-    return xy[0] + draw.textlength(shown, font)
-
-
 class Sheet:
     """A canvas that grows downwards; `y` is how far it is drawn."""
 
@@ -69,10 +48,24 @@ class Sheet:
             self.canvas = grown
         self.draw = ImageDraw.Draw(self.canvas)
 
+    def write(
+        self, x: float, y: float, text: str, room: float, colour: str = INK, size: int = TEXT, anchor: str = "la"
+    ) -> float:
+        """Write what fits into `room` pixels; of a longer text the middle is left out. -> x behind it"""
+        font = _font(size)
+        # The built-in font knows little beyond ASCII. A policy may write anything, and a file have any name.
+        text = text.replace("\n", " ").encode("ascii", "backslashreplace").decode()
+        shown, half = text, min(len(text), 1000) // 2
+        while half > 0 and self.draw.textlength(shown, font) > room:
+            half -= 1
+            shown = f"{text[:half]}...{text[len(text) - half :]}"
+        self.draw.text((x, y), shown, fill=colour, font=font, anchor=anchor)
+        return x + self.draw.textlength(shown, font)
+
     def line_of(self, text: str, size: int = TEXT, colour: str = FAINT) -> None:
         """A row of text over the whole width."""
         self.room(ROW)
-        write(self.draw, size, (MARGIN, self.y), text, self.width - 2 * MARGIN, colour)
+        self.write(MARGIN, self.y, text, self.width - 2 * MARGIN, colour, size)
         self.y += ROW
 
     def rule(self) -> None:
@@ -96,11 +89,9 @@ class Sheet:
             image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
             self.canvas.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
             middle = x + THUMB // 2
-            write(self.draw, TEXT, (middle, y + THUMB + 5), caption, CELL - 4, colour, anchor="ma")
+            self.write(middle, y + THUMB + 5, caption, CELL - 4, colour, anchor="ma")
             if names:
-                write(
-                    self.draw, TEXT - 2, (middle, y + THUMB + CAPTION), Path(item.name).name, THUMB, FAINT, anchor="ma"
-                )
+                self.write(middle, y + THUMB + CAPTION, Path(item.name).name, THUMB, FAINT, TEXT - 2, "ma")
         return self.y + down + math.ceil(len(shown) / columns) * height
 
     def save(self, path: Path) -> None:
@@ -128,7 +119,7 @@ def draw_answers(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], 
     sheet = Sheet("Images in the order of the answer, lowest on the left")
     x: float = MARGIN
     for colour, text in ((FAINT, "The value earns"), (GREEN, "90 % or more"), (ORANGE, "less"), (RED, "nothing")):
-        x = write(sheet.draw, TEXT, (x, sheet.y), text, WIDTH, colour) + 18
+        x = sheet.write(x, sheet.y, text, WIDTH, colour) + 18
     sheet.y += ROW
     blocks: list[list[int]] = [[]]  # numbers of the samples in a line
     for k in range(len(samples)):
@@ -138,7 +129,7 @@ def draw_answers(samples: Sequence[Sample], answers: dict[str, Sequence[dict]], 
     for block in blocks:
         sheet.rule()
         for name, predictions in answers.items():
-            write(sheet.draw, TEXT, (MARGIN, sheet.y + ROW), name, NAME, INK)
+            sheet.write(MARGIN, sheet.y + ROW, name, NAME)
             left, bottom = MARGIN + NAME, sheet.y
             for k in block:
                 if left > MARGIN + NAME:  # between two prompts
@@ -161,7 +152,7 @@ def _draw_answer(sheet: Sheet, left: int, room: int, sample: Sample, prediction:
         errors = [abs(value - label) for value, label in zip(values, sample.labels, strict=True)]
         tau = "" if prediction["tau"] is None else f", tau {prediction['tau']:.2f}"
         about, colour = f"error {sum(errors) / len(errors):.3g}{tau}, {task.name}, delta {task.delta:g}", INK
-    write(sheet.draw, TEXT, (left, sheet.y), about, room, colour)
+    sheet.write(left, sheet.y, about, room, colour)
     shown = []
     for image_id in prediction["order"] or range(1, len(sample.items) + 1):
         item = sample.items[image_id - 1]
@@ -245,26 +236,19 @@ def draw_group(sample: Sample, answers: Sequence[dict], title: str, path: Path) 
     sheet.y = sheet.thumbnails([(x, f"image {i}: {label(x)}", INK) for i, x in enumerate(sample.items, 1)]) + 8
     sheet.room((len(answers) + 2) * ROW)
     for name, x in TABLE.items():
-        write(sheet.draw, TEXT, (x, sheet.y), name, 400, FAINT, anchor="la" if x == MARGIN else "ra")
+        sheet.write(x, sheet.y, name, 400, FAINT, anchor="la" if x == MARGIN else "ra")
     sheet.y += ROW
     largest = max(abs(answer["advantage"]) for answer in answers) or 1.0
     for answer in answers:
         sheet.rule()
         y, left = sheet.y, float(MARGIN)
         if answer["mutated"]:
-            left = write(sheet.draw, TEXT, (MARGIN, y), "RMO", 40, ORANGE) + 8
+            left = sheet.write(MARGIN, y, "RMO", 40, ORANGE) + 8
         said = reward.parse_response(answer["text"], n)
-        write(
-            sheet.draw,
-            TEXT,
-            (left, y),
-            short_answer(answer["text"], said),
-            TABLE["format"] - left - 70,
-            INK if said else RED,
-        )
+        sheet.write(left, y, short_answer(answer["text"], said), TABLE["format"] - left - 70, INK if said else RED)
         for name, x in list(TABLE.items())[1:]:
             number = "-" if n == 1 and name == "ranking" else f"{answer[name]:.2f}"
-            write(sheet.draw, TEXT, (x, y), number, 90, INK, anchor="ra")
+            sheet.write(x, y, number, 90, anchor="ra")
         advantage = answer["advantage"]
         end = BAR + BAR_LENGTH * advantage / largest
         if advantage:
