@@ -76,17 +76,18 @@ def report_left_out(left_out: list[LeftOut], file: Path) -> None:
 
 
 def report_identical(groups: list[list[tuple[str, Item]]]) -> None:
-    """How many files have equal bytes but different labels, and how many stand in two splits, with examples."""
-    contradicting = [g for g in groups if len({(i.task, i.label) for _, i in g}) > len({i.task for _, i in g})]
-    leaking = [g for g in groups if len({split for split, _ in g}) > 1]
-    for head, found, what, advice in (
-        ("identical", contradicting, "with different labels", "at most one label can be right, correct them"),
-        ("", leaking, "in more than one split", "take them out of train"),
-    ):
-        files = len({item.path for group in found for _, item in group})
-        print(f"{head:12}{files} file{'s' * (files != 1)} {what}{f': {advice}' if found else ''}")
-        for group in found[:SHOWN]:
-            print("      " + " = ".join(f"{split} {item.path} ({item.label:g})" for split, item in group))
+    """How many files have equal bytes, but different labels for one task or places in different splits, with examples."""
+    wrong = []
+    for group in groups:
+        splits, tasks = {split for split, _ in group}, {item.task for _, item in group}
+        labels = {(item.task, item.label) for _, item in group}
+        if len(splits) > 1 or len(labels) > len(tasks):
+            wrong.append(group)
+    files = len({item.path for group in wrong for _, item in group})
+    advice = ": correct the labels, take those of test out of train" if wrong else ""
+    print(f"identical   {files} files with different labels or in different splits{advice}")
+    for group in wrong[:SHOWN]:
+        print("      " + " = ".join(f"{split} {item.path} ({item.label:g})" for split, item in group))
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
