@@ -39,9 +39,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 import rarl
 from experiments.ceiling import EYES
-from experiments.commands import CommandError, check_writable, run_command
+from experiments.commands import CommandError, at_least, check_writable, run_command
 from experiments.lessons import Eyes, Seen, examine, teach_bad_habits, teach_eyes, teach_lists
-from experiments.subjects import IMAGES, Subject, drawn_subjects, file_subjects
+from experiments.runs import ROOT
+from experiments.subjects import IMAGES, drawn_subjects, file_subjects
 from support.datasets.readers import READERS
 from support.run.atomic_files import write_text
 from support.run.settings import flag
@@ -136,10 +137,10 @@ def build_processor(max_pixels: int) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": max_pixels})
 
 
-def build_policy(seed: int = 0, subjects: list[Subject] | None = None, max_pixels: int = 224 * 224) -> rarl.Policy:
+def build_policy(max_pixels: int = 224 * 224) -> rarl.Policy:
     """The untaught policy, for tests and for what follows."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer([item for subject in subjects or drawn_subjects() for item in subject.fresh(0, 100)])
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer([item for subject in drawn_subjects() for item in subject.fresh(0, 100)])
     return rarl.Policy(build_model(tokenizer).eval(), tokenizer, build_processor(max_pixels))
 
 
@@ -152,27 +153,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help=out_text)
     parser.add_argument("--data", choices=list(READERS), help="data set of files (default: drawn dots and dials)")
     parser.add_argument("--data-root", help="its folder")
-    parser.add_argument(
-        "--start", help="policy that the lessons begin with (default: random weights; with --data: tiny)"
-    )
-    for name, (drawn, files, _, what) in NUMBERS.items():
+    for name, (drawn, files, least, what) in NUMBERS.items():
         usual = f"{drawn}; with --data: {files}" if files != drawn else drawn
-        parser.add_argument(flag(name), type=int, help=f"{what} (default: {usual})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+        parser.add_argument(flag(name), type=at_least(least), help=f"{what} (default: {usual})")
     args = parser.parse_args(argv)
-    for name, (drawn, files, least, _) in NUMBERS.items():
+    for name, (drawn, files, *_) in NUMBERS.items():
         if getattr(args, name) is None:
             setattr(args, name, files if args.data else drawn)
-        if getattr(args, name) < least:
-            raise CommandError(f"{flag(name)} {getattr(args, name)} must be at least {least}")
     if args.data_root and not args.data:
         raise CommandError("--data-root goes with --data: drawings have no files")
     if args.out is None and args.data:
         raise CommandError("--data needs --out, the folder to write: tiny/ is the policy for drawings")
     args.out = "tiny" if args.out is None else args.out
-    args.start = args.start if args.start is not None else "tiny" if args.data else ""
-    if not 0 <= args.seed < 2**63:
-        raise CommandError(f"--seed {args.seed} must be from 0 to 2^63 - 1")
     if not args.out:
         raise CommandError("--out must name a folder")
     return args
@@ -183,7 +175,7 @@ def make(argv: list[str] | None) -> None:
     args = parse(argv)
     subjects = drawn_subjects()
     if args.data:
-        subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels), args.seed)
+        subjects = file_subjects(args.data, args.data_root, build_processor(args.max_pixels))
     out = Path(args.out)
     check_writable(out / "config.json", "--out")
     lessons = out.with_name(out.name + ".lessons")
@@ -192,11 +184,11 @@ def make(argv: list[str] | None) -> None:
     if begun.is_file() and begun.read_text(encoding="utf-8") != json.dumps(settings):
         raise CommandError(f"{lessons} holds lessons of other settings ({begun.name}): give the same, or delete it")
     write_text(begun, json.dumps(settings))
-    if args.start:
-        policy = rarl.load_policy(args.start, torch.device("cpu"), torch.float32)
+    if args.data:
+        policy = rarl.load_policy(ROOT / "tiny", torch.device("cpu"), torch.float32)
         policy.image_processor.size = build_processor(args.max_pixels).size
     else:
-        policy = build_policy(args.seed, subjects, args.max_pixels)
+        policy = build_policy(args.max_pixels)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
     eyes = Eyes(policy, subjects)
     teach_eyes(eyes, args.eyes_steps, lessons / "eyes.pt", args.eyes_batch)

@@ -134,10 +134,10 @@ def test_lessons_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
 
     monkeypatch.setattr(make_tiny, "teach_eyes", stop)
     out = str(tmp_path / "new")
-    for argv in (["--seed", "3"], ["--seed", "3"]):  # interrupted, and once more when it went on
+    for argv in (["--eyes-steps", "3"], ["--eyes-steps", "3"]):  # interrupted, and once more when it went on
         with pytest.raises(KeyboardInterrupt):
             make_tiny.make(["--out", out, *argv])
-    for argv in (["--seed", "4"], ["--seed", "3", "--eyes-steps", "9"], ["--seed", "3", "--pictures", "99"]):
+    for argv in (["--eyes-steps", "4"], ["--eyes-steps", "3", "--pictures", "99"]):
         with pytest.raises(CommandError, match=r"new.lessons holds lessons of other settings"):
             make_tiny.make(["--out", out, *argv])
 
@@ -182,7 +182,7 @@ def test_no_lesson_sees_a_test_image_and_only_the_early_stop_sees_val(faces, tmp
     monkeypatch.setattr(lessons.Eyes, "error", judge)
     monkeypatch.setattr(make_tiny, "examine", lambda policy, seen: examine(policy, seen, prompts=1, answers=1))
     steps = [f"--{name}-steps=1" for name in ("eyes", "rotated", "sorted", "habits")]
-    small = ["--start", "", "--max-pixels", "3136", "--eyes-batch", "40"]
+    small = ["--max-pixels", "3136", "--eyes-batch", "40"]
     out = tmp_path / "faces"
     make_tiny.make(["--data", "utkface", "--data-root", str(root), "--out", str(out), *small, *steps])
     assert looked_at == {False: names["train"], True: names["val"]}
@@ -195,7 +195,7 @@ def test_no_lesson_sees_a_test_image_and_only_the_early_stop_sees_val(faces, tmp
 
 def test_values_of_a_data_set_follow_from_its_train_split(faces):
     root, names = faces
-    (subject,) = file_subjects("utkface", root, build_processor(56 * 56), 0)
+    (subject,) = file_subjects("utkface", root, build_processor(56 * 56))
     ages = [int(name.split("_")[0]) for name in names["train"]]
     assert subject.values.tolist() == list(range(min(ages), max(ages) + 1))  # bins of a year
     # bell: 3 years, so 3 years off is exp(-1/2) as right
@@ -213,7 +213,7 @@ def test_values_of_a_data_set_follow_from_its_train_split(faces):
 
 def test_photographs_of_the_eyes_lesson_are_moved_and_mirrored_and_all_come_once_in_an_epoch(faces):
     root, names = faces
-    (subject,) = file_subjects("utkface", root, build_processor(84 * 84), 0)
+    (subject,) = file_subjects("utkface", root, build_processor(84 * 84))
     first = subject.fresh(0, len(names["train"]))
     assert {item.path.name for item in first} == names["train"]
     assert [item.name for item in subject.fresh(0, 8)] == [item.name for item in subject.fresh(0, 8)]
@@ -243,7 +243,7 @@ def test_the_eyes_end_as_they_were_when_they_erred_least(tmp_path):
 
 def test_the_ceiling_is_what_the_eyes_say_of_the_test_prompts(faces, policy, tmp_path):
     root, names = faces
-    subjects = file_subjects("utkface", root, policy.image_processor, 0)
+    subjects = file_subjects("utkface", root, policy.image_processor)
     eyes, folder = lessons.Eyes(policy, subjects), tmp_path / "model"
     torch.nn.init.normal_(eyes.head.weight, std=3.0)
     assert ceiling(str(tmp_path), "utkface", str(root), (1, 4), 5) == []  # no such head
@@ -268,7 +268,7 @@ def test_images_of_other_shapes_keep_a_prompt_of_their_own(policy, tmp_path):
         noise_image(*((112, 28) if k % 2 else (28, 112)), seed=k).save(tmp_path / name)
         lines.append(f"{name},{1.25 * k},{'val' if k >= 16 else 'train'}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    (subject,) = file_subjects("csv", tmp_path, build_processor(56 * 56), 0)
+    (subject,) = file_subjects("csv", tmp_path, build_processor(56 * 56))
     assert subject.task.decimals == 2 and len(subject.values) <= MOST_VALUES < 1875
     mixed = Seen(policy, [subject], 16)
     samples, prompts = mixed.draw(2, 6, random.Random(0))
