@@ -1,7 +1,7 @@
 """Ablations of RARL (arXiv 2601.20585) on the embedded default, each a table, a CSV and a picture. The paper's own:
 
     python -m experiments.ablate reward          # joint reward, regression only, ranking only, imitation
-    python -m experiments.ablate rmo             # RMO and nothing where most groups are alike and poor
+    python -m experiments.ablate rmo             # RMO and its rivals where most groups are alike and poor
     python -m experiments.ablate stages          # two stages against one
 
 and questions that the summaries of the paper ask or leave open:
@@ -12,9 +12,11 @@ and questions that the summaries of the paper ask or leave open:
     python -m experiments.ablate rivals          # OraRL and RMO's variants; rivals_unseen, rivals_exact
     python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
     python -m experiments.ablate rmo_source      # good answers: the truth, earlier values
+    python -m experiments.ablate rank            # R_rank of the listed order, of the values' order, of both
     python -m experiments.ablate advantage       # how rewards become advantages; mean over answers or tokens
     python -m experiments.ablate delta           # tolerance of R_reg; delta_skewed: where few dots are frequent
     python -m experiments.ablate balance         # labels that are skewed, as they are and drawn evenly
+    python -m experiments.ablate ccc             # the same by a reward that knows the batch
     python -m experiments.ablate weights         # weight of R_rank
     python -m experiments.ablate all --jobs 2    # all of them, in less than three hours on 2 cores (OMP_NUM_THREADS=1)
 
@@ -67,12 +69,27 @@ FACES = ["--model", "runs/tiny-faces", "--data", "utkface", "--images", "1", "2"
          "--freeze-vision"]  # fmt: skip
 UNSEEN_AGES = ["--question", "Guess the years.", "--order", "by years, fewest first"]
 ONE_STAGE = ["--steps1", "0", "--steps2", "75"]  # as many steps as two
+ONE_IMAGE = ["--steps1", "40", "--steps2", "0", "--images", "1"]
 # Rare labels are drawn as they are, where train.py would draw them more often.
 SKEWED = ["--data", "csv", "--data-root", "runs/dots-skewed", "--no-balance", *skewed_dots.AS_DOTS]
 SINGLE = ["--stage", "1", "--images", "1", "--rmo-probability", "1"]
 IN_PROSE = ["--model", "runs/in-prose", *SINGLE, "--steps1", "25"]
 SMOLLM2 = ["--model", "runs/smollm2", *SINGLE, "--steps1", "10", "--lora-rank", "8", "--lora-targets", "language+vision", "--lr", "2e-3",
            "--warmup", "3", "--beta", "0", "--batch-size", "4", "--group-size", "4", "--delta", "2", "--eval-samples", "16"]  # fmt: skip
+
+
+def rmo_and_others(start: list[str]) -> dict[str, list[str]]:
+    """What helps where the answers of a group are all alike; see rivals.py.
+
+    All have the same steps. Dynamic sampling asks for up to three times as many answers in one (`redrawn` says how many).
+    """
+    without = [*start, *NO_RMO]
+    return {
+        "RMO": start,
+        "nothing": without,
+        "dynamic sampling": ["dynamic-sampling", *without],
+        "NGRPO": ["ngrpo", *without],
+    }
 
 
 # Seconds on one core: is a good answer outside the mean that the others are compared with better than RMO's inside it?
@@ -102,8 +119,8 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
         "ranking only": [*EIGHT, "--w-reg", "0"],
         "imitation": ["imitation", *EIGHT, "--beta", "0"],
     },
-    "rmo": {"RMO": TIGHT, "nothing": [*TIGHT, *NO_RMO]},
-    "rmo_unseen": {"RMO": UNSEEN, "nothing": [*UNSEEN, *NO_RMO]},
+    "rmo": rmo_and_others(TIGHT),
+    "rmo_unseen": rmo_and_others(UNSEEN),
     "rmo_default": {"RMO": [], "nothing": NO_RMO},
     "rescue": {"with RMO": IN_PROSE, "without RMO": [*IN_PROSE, *NO_RMO]},
     "rescue_smollm2": {"with RMO": SMOLLM2, "without RMO": [*SMOLLM2, *NO_RMO]},
@@ -124,6 +141,12 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
     "delta": {f"delta {d}": ["--delta", str(d)] for d in (1, 2, 4, 8)},
     "delta_skewed": {f"delta {d}": [*SKEWED, "--delta", str(d)] for d in (1, 2, 4, 8)},
     "weights": {f"rank x {w}": ["--w-rank", str(w)] for w in (0.1, 0.3, 1, 3, 10)},
+    "rank": {"of the list": [], "of the values": ["rank-values"], "mean of both": ["rank-both"]},
+    "ccc": {
+        "R_reg": [*ONE_IMAGE, *SKEWED],
+        "R_reg, drawn evenly": [*ONE_IMAGE, *SKEWED, "--balance"],
+        "CCC": ["ccc", *ONE_IMAGE, *SKEWED],
+    },
     "balance": {"labels as they are": SKEWED, "drawn evenly": [*SKEWED, "--balance"]},
     "stages": {"two": [], "one": ONE_STAGE},
     "faces": {

@@ -26,7 +26,7 @@ Row = dict[str, float]  # metric -> value; nan: undefined
 
 # What is shown of the training steps: title -> key in metrics.jsonl
 STEPS = {"entropy": "entropy", "grad norm": "grad_norm", "Var(A)": "advantage_var", "zero spread": "zero_spread",
-         "mutated": "mutated", "inverted": "inverted"}  # fmt: skip
+         "mutated": "mutated", "redrawn": "redrawn", "inverted": "inverted"}  # fmt: skip
 LEARNED = 0.9  # of the sampled answers have the format
 WITHIN = {"utkface": 5}  # data set -> an error that is small there
 

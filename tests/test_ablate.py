@@ -83,6 +83,7 @@ def test_a_row_is_read_from_the_last_stage_and_the_steps(here):
         "grad norm",
         "Var(A)",
         "zero spread",
+        "redrawn",
         "inverted",
         "contradict@2",
         "steps to 90 %",
