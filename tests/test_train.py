@@ -89,7 +89,6 @@ def test_two_processes_take_the_same_steps(finished, tmp_path):
         (["--data", "coco"], "--data-root"),
         (["--model", "nowhere/at/all"], "does not exist"),
         (["--images", "4000"], "lower --images"),
-        (["--device", "abacus"], "--device abacus"),
         (["--max-new-tokens", "5"], "preflight"),
         (["--question", "How many <|im_end|>?"], "must not contain <|im_end|>, a mark of the tokenizer's own"),
     ],
