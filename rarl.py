@@ -8,7 +8,8 @@ prefills to sample, and G forwards over the prompt to score. Here the prompt is 
   1. `generate` runs vision and prefill once per prompt. While it decodes, the G queries of a group attend to the *one*
      copy of the prompt's keys and values and to their own, under one softmax.
   2. `logprobs` runs a packed row without padding: [prompt | answer 1 | ... | answer G], or of several prompts
-     [prompts | answers to prompt 1 | answers to prompt 2 | ...]. Positions restart at the prompt's end for every answer, and an answer attends to the prompt and to itself.
+     [prompts | answers to prompt 1 | answers to prompt 2 | ...]. Positions restart at the prompt's end for every answer,
+     and an answer attends to the prompt and to itself.
 
 Both are exact: the log-probs and gradients are those of G copies, for about 1/G of the work where prompts are long
 (images) and answers short (JSON). The two stand side by side below and share `prompt_inputs` (embeddings, positions),

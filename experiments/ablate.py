@@ -7,8 +7,8 @@
 and questions that the summaries of the paper ask or leave open:
 
     python -m experiments.ablate rmo_unseen      # the same on a question that the base has never seen
-    python -m experiments.ablate rmo_default     # the same where groups differ by themselves
-    python -m experiments.ablate rescue          # the same where no answer is valid, see rescue.py; rescue_smollm2
+    python -m experiments.ablate rmo_default     # RMO on and off where groups differ by themselves
+    python -m experiments.ablate rescue          # RMO on and off where no answer is valid, see rescue.py; rescue_smollm2
     python -m experiments.ablate rivals          # OraRL and RMO's variants; rivals_unseen, rivals_exact
     python -m experiments.ablate rmo_k           # k = 0, 1, 2, 4: entropy, gradient norm, Var(A), MAE
     python -m experiments.ablate rmo_source      # good answers: the truth, earlier values

@@ -11,7 +11,7 @@ What is measured, ours and the usual way in turn, so that whatever else the mach
   reference  log-probs without gradient, from the weights that sample          rarl.logprobs   against  [prompt | answer] x N
   update     log-probs with gradient, GRPO loss, backward                      the same
   step       rollout, reference, update, gradient norm, AdamW
-  memory     the most that one update allocates above weights and gradients; on a GPU also beside the others' shares
+  memory     the most that one update allocates above weights and gradients; on a GPU the second table has that of each part
 
 A second table has what that means: answer tokens a second, and the share "of peak": FLOPs that must be done, over time, over those of
 a large matmul, measured here. Rollout and reference are a forward pass, an update is 3 of them. A linear layer costs 2 x weights x
@@ -212,12 +212,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pixels", type=positive, default=224, help="side of an image, a multiple of 28")
     add("--group", type=positive, default=8, help="G, answers to each prompt")
     add("--tokens", type=positive, default=64, help="T, tokens of each answer")
-    add(
-        "--micro",
-        type=at_least(0),
-        default=0,
-        help="prompts (with all their answers) in one forward of the update; 0: all",
-    )
+    micro = "prompts (with all their answers) in one forward of the update; 0: all"
+    add("--micro", type=at_least(0), default=0, help=micro)
     add("--checkpoint", action="store_true", help="activation checkpointing (transformers' own), in both ways")
     add("--repeats", type=positive, default=5, help="timed runs of each, after one warm-up")
     add("--sweep", choices=("group", "images", "tokens"), help="measure once for each of --values of this setting")

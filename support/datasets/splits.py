@@ -41,10 +41,9 @@ def read_lists(folder: Path) -> dict[str, str]:
 
 def _listed_in_text(folder: Path) -> Iterator[tuple[str, str, Path]]:
     for split, names in LISTS.items():
-        there = [folder / name for name in names if os.path.lexists(folder / name)]
-        for file in [file for file in there if file.name != split or file.is_file()][
-            :1
-        ]:  # train may be a folder of images
+        there = (folder / name for name in names if os.path.lexists(folder / name))
+        file = next((file for file in there if file.name != split or file.is_file()), None)  # train may be a folder
+        if file:
             yield from ((split, name, file) for name in map(str.strip, read_text(file).splitlines()) if name)
 
 

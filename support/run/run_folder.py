@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -209,9 +210,9 @@ class RunFolder:
             file = self.path / name
             if file.exists():
                 *whole, _ = file.read_text(encoding="utf-8").split("\n")  # a killed process may have left half a line
-                place = lambda line: (json.loads(line)["stage"], json.loads(line)["step"])
+                place = itemgetter("stage", "step")
                 try:
-                    kept = [line + "\n" for line in whole if place(line) < (stage, step)]
+                    kept = [line + "\n" for line in whole if place(json.loads(line)) < (stage, step)]
                 except (ValueError, KeyError, TypeError) as error:
                     raise SettingError(f"{file} is damaged ({error}): delete the line, then --resume") from None
                 write_text(file, "".join(kept))
