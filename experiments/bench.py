@@ -11,9 +11,9 @@ What is measured, ours and the usual way in turn, so that whatever else the mach
   reference  log-probs without gradient, from the weights that sample          rarl.logprobs   against  [prompt | answer] x N
   update     log-probs with gradient, GRPO loss, backward                      the same
   step       rollout, reference, update, gradient norm, AdamW
-  memory     the most that one update allocates above weights and gradients; on a GPU the second table has that of each part
+  memory     the most that an update allocates above weights and gradients; on a GPU also of rollout and reference
 
-A second table has what that means: answer tokens a second, and the share "of peak": FLOPs that must be done, over time, over those of
+A second table has what the times mean: answer tokens a second, and the share "of peak": FLOPs that must be done, over time, over those of
 a large matmul, measured here. Rollout and reference are a forward pass, an update is 3 of them. A linear layer costs 2 x weights x
 tokens (prompt tokens once per group, answer tokens, patches), attention 4 x width x the pairs (query, key) that may see each
 other. The usual way is charged with the same useful work.
@@ -30,9 +30,8 @@ What would be unfair, and what is done about it:
      the usual way better than ours, so compare at several.
   3. Unequal precision. As train.py does, both sample from a copy of the weights in `--dtype`, and both update float32
      weights under autocast to it.
-  4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared. Beyond the tolerance the exit
-     status is 1. The tolerance is that of the format: 5e-5 in float32, where each of the two ways is about 1e-5 away from
-     float64 on tiny's random answers with G = 16; 0.3 in bfloat16, where gradients of either are 0.1 away from float32.
+  4. Unequal results. Log-probs (of the sampled answers too) and gradients are compared with those of the usual way in float32.
+     Where ours is 1.5 times as far from them as the usual way in `--dtype` is, the exit status is 1.
   5. Memory that depends on the allocator. On CUDA it is max_memory_allocated. On CPU resident memory keeps what was freed,
      so the profiler's log of every allocation and release is added up. That is the same quantity.
   6. A machine that others use. The spread is printed, and the ratio of the best runs beside that of the medians.
@@ -52,12 +51,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import rarl
-from experiments import make_tiny
 from experiments.commands import CommandError, at_least, run_command
 from experiments.costs import forward_flops, matmul_peak, peak_bytes, seconds
+from experiments.full_size import SHAPES, random_policy
 from experiments.job import WAYS, Job, compare_ways, noise_prompts
 from support.show.results import format_table
 
@@ -68,45 +66,16 @@ ON_A_GPU = dict(
     shape="3b", parts=["rollout", "reference", "update", "memory"], images=8, pixels=448, tokens=128, micro=1,
     checkpoint=True, repeats=3,
 )  # fmt: skip
-TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 0.3}  # log-probs (relative beyond 1), gradients relative (norms)
-SHAPES = {  # config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, vocab_size=151936),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, vocab_size=152064),
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Set-up
 
 
-def shaped_policy(shape: str, device: torch.device) -> rarl.Policy:
-    """The published architecture with random weights; tokenizer and image processor are tiny's."""
-    small, sizes = make_tiny.build_policy(), SHAPES[shape]
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            **sizes, max_position_embeddings=128000, rms_norm_eps=1e-6,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-        ),
-        vision_config=dict(
-            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=sizes["hidden_size"],
-            window_size=112, fullatt_block_indexes=[7, 15, 23, 31], patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2,
-        ),
-        tie_word_embeddings=shape == "3b",
-        **{name: getattr(small.model.config, name) for name in names},
-    )  # fmt: skip
-    with device:
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    return rarl.Policy(model.eval(), small.tokenizer, small.image_processor)
-
-
 def load(args: argparse.Namespace, device: torch.device) -> tuple[rarl.Policy, str]:
     """-> the policy, and what it is, in words."""
     if args.shape:
-        policy, what = shaped_policy(args.shape, device), f"Qwen2.5-VL-{args.shape.upper()}'s shape, random weights"
+        policy, what = random_policy(args.shape, device), f"Qwen2.5-VL-{args.shape.upper()}'s shape, random weights"
     else:
         folder = ROOT / "tiny" if args.model == "tiny" else args.model
         policy, what = rarl.load_policy(folder, device), str(args.model)
@@ -133,46 +102,48 @@ def make_job(policy: rarl.Policy, args: argparse.Namespace, dtype: torch.dtype) 
 
 
 def take_turns(job: Job, part: str, repeats: int) -> dict[str, list[float]]:
-    """Way -> what each run took: seconds, for `memory` bytes."""
-    device = job.policy.device
+    """Way -> seconds of each run, without the warm-up."""
     took: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(1 if part == "memory" else 1 + repeats):
+    for _ in range(1 + repeats):
         for way in WAYS:
             job.use(way)
-            if part == "memory":
-                took[way].append(peak_bytes(partial(job.update, way), device))
-            else:
-                took[way].append(seconds(partial(getattr(job, part), way), device))
-    return {way: x[-repeats:] for way, x in took.items()}  # without the warm-up
+            took[way].append(seconds(partial(getattr(job, part), way), job.policy.device))
+    return {way: x[1:] for way, x in took.items()}
 
 
-def bench_table(results: dict[str, dict[str, list[float]]]) -> str:
-    """part -> what take_turns found. A row for each; times with their range."""
+def memory_of(job: Job, part: str) -> dict[str, float]:
+    """Way -> bytes at the peak."""
+    peaks: dict[str, float] = {}
+    for way in WAYS:
+        job.use(way)
+        peaks[way] = peak_bytes(partial(getattr(job, part), way), job.policy.device)
+    return peaks
+
+
+def bench_table(took: dict[str, dict[str, list[float]]], memory: dict[str, dict[str, float]]) -> str:
+    """part -> way -> seconds, part -> way -> bytes. A row for each; times with their range."""
     rows = [["", "ours", "usual", "ratio", "of best"]]
-    for part, took in results.items():
-        if part == "memory":
-            cells = [f"{took[way][0] / 1e6:,.1f} MB" for way in WAYS]
-        else:
-            cells = [f"{statistics.median(x):.3f} s ({min(x):.3f} to {max(x):.3f})" for x in (took[w] for w in WAYS)]
-        ratio = statistics.median(took["usual"]) / statistics.median(took["ours"])
-        of_best = min(took["usual"]) / min(took["ours"])
+    for part, times in took.items():
+        cells = [f"{statistics.median(x):.3f} s ({min(x):.3f} to {max(x):.3f})" for x in (times[w] for w in WAYS)]
+        ratio = statistics.median(times["usual"]) / statistics.median(times["ours"])
+        of_best = min(times["usual"]) / min(times["ours"])
         rows.append([part, *cells, f"{ratio:.2f} x", f"{of_best:.2f} x"])
+    for part, peaks in memory.items():
+        cells = [f"{peaks[way] / 1e6:,.1f} MB" for way in WAYS]
+        rows.append([f"memory, {part}", *cells, f"{peaks['usual'] / peaks['ours']:.2f} x", ""])
     return format_table(rows)
 
 
-def shares_table(job: Job, results: dict[str, dict[str, list[float]]]) -> str:
-    """The same times as speed: a row for each part that has a cost in FLOPs, ours | usual in each cell."""
-    device, flops, peak = job.policy.device, forward_flops(job), matmul_peak(job.policy.device, job.dtype)
-    rows = [["", "tokens/s", f"of peak ({peak / 1e9:,.0f} GFLOP/s)"] + ["peak memory"] * (device.type == "cuda")]
-    for part in [part for part in results if part in FORWARDS]:
-        cells: list[list[str]] = []
-        for way in WAYS:
-            took = statistics.median(results[part][way])
-            cells.append([f"{job.ids.numel() / took:,.0f}", f"{FORWARDS[part] * flops / took / peak:.1%}"])
-            if device.type == "cuda":
-                job.use(way)
-                cells[-1].append(f"{peak_bytes(partial(getattr(job, part), way), device) / 1e9:.2f} GB")
-        rows.append([part, *(f"{ours} | {usual}" for ours, usual in zip(*cells, strict=True))])
+def shares_table(took: dict[str, dict[str, list[float]]], tokens: int, flops: float, peak: float) -> str:
+    """The same times as speed: a row for each part that has a cost in FLOPs, ours | usual in each cell.
+
+    tokens  of all answers    flops  of a forward pass    peak  FLOP/s of the device
+    """
+    rows = [["", "tokens/s", f"of peak ({peak / 1e9:,.0f} GFLOP/s)"]]
+    for part in [part for part in took if part in FORWARDS]:
+        seconds = [statistics.median(took[part][way]) for way in WAYS]
+        speed = " | ".join(f"{tokens / x:,.0f}" for x in seconds)
+        rows.append([part, speed, " | ".join(f"{FORWARDS[part] * flops / x / peak:.1%}" for x in seconds)])
     return format_table(rows)
 
 
@@ -183,14 +154,18 @@ def measure(job: Job, args: argparse.Namespace) -> bool:
         f"\n{args.prompts} prompts of {min(tokens)} to {max(tokens)} tokens ({args.images} images of {args.pixels}^2), "
         f"G = {args.group}, T = {args.tokens}, {job.micro} prompts in a forward"
     )
-    gaps, tolerance = compare_ways(job), TOLERANCE[job.dtype]
-    apart = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
-    print(f"ours - usual (relative): {apart}; tolerance {tolerance:.0e}")
-    results = {part: take_turns(job, part, args.repeats) for part in args.parts}
-    print(bench_table(results), flush=True)
-    if not FORWARDS.keys().isdisjoint(results):
-        print(f"\n{shares_table(job, results)}", flush=True)
-    return all(gap <= tolerance for gap in gaps.values())  # nan is not
+    gaps = compare_ways(job)
+    apart = ", ".join(f"{name} {gap:.1e} (may be {most:.1e})" for name, (gap, most) in gaps.items())
+    print(f"ours from the usual way in float32, relative: {apart}")
+    took = {part: take_turns(job, part, args.repeats) for part in args.parts if part != "memory"}
+    # A CPU counts by a log of every allocation, which takes long: of the update alone, the part that needs most.
+    where = FORWARDS if job.policy.device.type == "cuda" else ["update"]
+    memory = {part: memory_of(job, part) for part in where if "memory" in args.parts}
+    print(bench_table(took, memory), flush=True)
+    if not FORWARDS.keys().isdisjoint(took):
+        peak = matmul_peak(job.policy.device, job.dtype)
+        print(f"\n{shares_table(took, job.ids.numel(), forward_flops(job), peak)}", flush=True)
+    return all(gap <= most for gap, most in gaps.values())  # nan is not
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -251,7 +226,7 @@ def bench(argv: list[str] | None = None) -> int:
             setattr(args, args.sweep, value)
         agree &= measure(make_job(policy, args, dtype), args)
     if not agree:
-        print("ours and the usual way differ by more than the tolerance", file=sys.stderr)
+        print("ours is too far from the usual way", file=sys.stderr)
     return int(not agree)
 
 

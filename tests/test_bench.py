@@ -1,5 +1,7 @@
 """experiments/bench.py end to end on the smallest shape: its table is whole, and both ways agree. No timing is judged."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,9 +19,11 @@ def run(folder, *more):
 def test_all_parts(policy_folder, capsys):
     assert run(policy_folder) == 0  # not 0 if log-probs or gradients differ
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {words[0]: words[1:] for words in lines if words and words[0] in bench.PARTS}
+    rows = {words[0].strip(","): words[1:] for words in lines if words and words[0].strip(",") in bench.PARTS}
     assert set(rows) == set(bench.PARTS)
-    ours, _, usual, _, ratio, *_ = rows["memory"]  # a count, not a timing: two copies of the prompt take more than one
+    # a count, not a timing: two copies of the prompt take more than one
+    part, ours, _, usual, _, ratio, _ = rows["memory"]
+    assert part == "update"
     assert 0 < float(ours) < float(usual)
     assert float(ratio) == pytest.approx(float(usual) / float(ours), rel=0.03)  # of rounded numbers
 
@@ -39,42 +43,49 @@ def test_flops_by_hand(policy):
     assert costs.forward_flops(work) == text + 4 * 4 * c * pairs + vision
 
 
-def test_speed_as_a_share_of_the_peak(policy, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda *args: 1e9)
-    monkeypatch.setattr(bench, "forward_flops", lambda *args: 1e8)
-    work = bench.make_job(policy, bench.parse(["--device", "cpu", *SHAPE]), torch.float32)  # 8 answer tokens
-    table = bench.shares_table(
-        work, {"update": {"ours": [1.0], "usual": [2.0]}, "step": {"ours": [1.0], "usual": [1.0]}}
-    )
+def test_speed_as_a_share_of_the_peak():
+    took = {"update": {"ours": [1.0], "usual": [2.0]}, "step": {"ours": [1.0], "usual": [1.0]}}
+    table = bench.shares_table(took, 8, 1e8, 1e9)
     assert table.splitlines()[1].split() == ["update", "8", "|", "4", "30.0%", "|", "15.0%"] and "step" not in table
 
 
 def test_medians_and_ratios_by_hand():
-    table = bench.bench_table({"step": {"ours": [1.0, 2.0, 6.0], "usual": [4.0, 5.0, 9.0]}})
-    expected = "step 2.000 s (1.000 to 6.000) 5.000 s (4.000 to 9.000) 2.50 x 4.00 x"
-    assert " ".join(table.splitlines()[1].split()) == expected
+    took, memory = {"ours": [1.0, 2.0, 6.0], "usual": [4.0, 5.0, 9.0]}, {"ours": 2e6, "usual": 5e6}
+    rows = [" ".join(row.split()) for row in bench.bench_table({"step": took}, {"update": memory}).splitlines()]
+    assert rows[1] == "step 2.000 s (1.000 to 6.000) 5.000 s (4.000 to 9.000) 2.50 x 4.00 x"
+    assert rows[2] == "memory, update 2.0 MB 5.0 MB 2.50 x"
 
 
 def test_sweep_and_precision(policy_folder, capsys):
     more = ["--sweep", "group", "--values", "2", "3", "--parts", "memory", "--dtype", "bfloat16", "--checkpoint"]
     assert run(policy_folder, *more) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\nmemory ") == 2 and "G = 2," in printed and "G = 3," in printed
+    assert printed.count("\nmemory, update ") == 2 and "G = 2," in printed and "G = 3," in printed
 
 
 @pytest.mark.parametrize("gap", [6e-5, float("nan")])
 def test_a_difference_is_an_error(policy_folder, monkeypatch, gap):
-    monkeypatch.setattr(bench, "compare_ways", lambda work: {"log-probs": 0.0, "gradients": gap})
+    monkeypatch.setattr(bench, "compare_ways", lambda work: {"log-probs": (0.0, 5e-5), "gradients": (gap, 5e-5)})
     assert run(policy_folder, "--parts", "memory") == 1
 
 
-def test_a_difference_is_seen(policy, monkeypatch):
-    work = bench.make_job(policy, bench.parse(["--device", "cpu", *SHAPE]), torch.float32)
-    honest = job.usual_logprobs
-    monkeypatch.setattr(job, "usual_logprobs", lambda *args: [1.001 * x for x in honest(*args)])
+@pytest.mark.parametrize("dtype, wrong", [(torch.float32, 1.001), (torch.bfloat16, 1.05)])
+def test_a_difference_is_seen(policy, monkeypatch, dtype, wrong):
+    """bfloat16 hides what is smaller than its own error."""
+    work = bench.make_job(policy, bench.parse(["--device", "cpu", *SHAPE]), dtype)
+    assert all(gap <= most for gap, most in job.compare_ways(work).values())
+    for module, name in ((job.rarl, "logprobs"), (job.rarl, "generate")):
+        honest = getattr(module, name)
+        monkeypatch.setattr(module, name, partial(scaled, honest, wrong))
     gaps = job.compare_ways(work)
     work.use("ours")
-    assert min(gaps.values()) > 5e-4
+    assert all(gap > most for gap, most in gaps.values())
+
+
+def scaled(function, by, *args):
+    """Its log-probs, times `by`."""
+    out = function(*args)
+    return rarl.Rollout(out.ids, out.mask, by * out.logp) if isinstance(out, rarl.Rollout) else (by * out[0], out[1])
 
 
 @pytest.mark.parametrize("argv", [["--group", "0"], ["--micro", "-1"], ["--values", "0"], ["--sweep", "nonsense"]])

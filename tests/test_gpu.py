@@ -196,8 +196,9 @@ def test_bench_measures_both_ways(policy_folder, monkeypatch, capsys):
         monkeypatch.setattr(bench, "matmul_peak", lambda *args: 1e10)
     assert bench.bench([*shape.split(), "--device", "cuda", "--model", str(policy_folder)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed if " x" in line] == ["rollout", "reference", "update", "memory"]
-    assert [line.split()[0] for line in printed if "GB" in line] == ["rollout", "reference", "update"]
+    parts = ["rollout", "reference", "update"]
+    assert [line.split()[0] for line in printed if " s (" in line] == parts
+    assert [line.split()[1] for line in printed if line.startswith("memory, ")] == parts
 
 
 @real

@@ -96,7 +96,7 @@ def test_no_modules_of_support_import_each_other_in_a_circle():
 
 def test_ctrl_c_is_quiet_from_the_first_import_on():
     """torch takes seconds to import, and Ctrl-C must not print a traceback then either."""
-    commands = ("ablate", "bench", "make_tiny", "rescue", "rivals")
+    commands = ("ablate", "bench", "full_size", "make_tiny", "rescue", "rivals")
     for name in commands:
         assert next(imports(ROOT / "experiments" / f"{name}.py", module_level=True)) == "support.run.quiet_end"
 

@@ -124,6 +124,7 @@ def test_every_other_command_runs(finished, here, monkeypatch, signals):
 @pytest.mark.parametrize("command", [c for c in commands() if not c.here], ids=lambda command: command.line[:60])
 def test_commands_for_elsewhere_are_understood(command, capsys):
     """They cannot run here, but their settings must exist: only the missing data or model may stop them."""
+    from experiments import full_size
     from support.learner import plan
     from support.run.eval_settings import parse_arguments
     from support.run.settings import parse_settings
@@ -132,6 +133,8 @@ def test_commands_for_elsewhere_are_understood(command, capsys):
         parse_settings(command.arguments)
     elif command.module == "support.learner.plan":
         plan.parse(command.arguments)
+    elif command.module == "experiments.full_size":
+        full_size.parse(command.arguments)
     elif command.module == "eval":
         parse_arguments(command.arguments)
     else:

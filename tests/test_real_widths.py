@@ -6,13 +6,11 @@ import os
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLConfig
-from transformers import Qwen2_5_VLForConditionalGeneration as Backbone
+from transformers import AutoTokenizer
 
 import data
 import rarl
-from experiments import usual_way
-from experiments.bench import SHAPES
+from experiments import full_size, usual_way
 from support.datasets import load_dataset
 from support.datasets.drawings import DOTS
 from support.learner import lora
@@ -23,30 +21,15 @@ T = 8
 
 
 @pytest.fixture(scope="module")
-def wide_policy(policy):
+def wide_policy():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    tokenizer.chat_template = policy.tokenizer.chat_template
-    number = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            **SHAPES["3b"] | {"num_hidden_layers": 2}, max_position_embeddings=128000, rms_norm_eps=1e-6,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-        ),
-        vision_config=dict(
-            depth=2, fullatt_block_indexes=[1], hidden_size=1280, intermediate_size=3420, num_heads=16,
-            out_hidden_size=2048, window_size=112, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
-        ),
-        tie_word_embeddings=True, image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
-        vision_start_token_id=number("<|vision_start|>"), vision_end_token_id=number("<|vision_end|>"),
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = Backbone(config).eval()
+    wide = full_size.random_policy("3b", tokenizer=tokenizer, layers=2, blocks=2)
     with torch.no_grad():
         # As published, logits would be nearly alike at first, and tokens would hardly depend on the prompt.
-        for name, p in model.named_parameters():
+        for name, p in wide.model.named_parameters():
             if "norm" not in name:
                 p.mul_(2)
-    wide = rarl.Policy(model, tokenizer, policy.image_processor)
     assert wide.banned.sum() > 0 and not wide.banned[wide.eos_id]
     return wide
 

@@ -67,7 +67,7 @@ def check_policy(folder: str | Path) -> None:
 
 
 class Best:
-    """The policy that a stage ends with: the one that earned most in validation, or a later one that chance may have put behind it.
+    """The policy that a stage ends with: the latest that is not significantly behind the one that earned most in validation.
 
     top      what the policy that earned most earned, prompt by prompt, as shares of the best possible reward; empty at first
     step     after which the policy was as it is kept here
@@ -99,7 +99,7 @@ class Best:
                 local(parameter).copy_(local(self.weights[name]))
         learner.sync_rollout_policy()
         if self.weights and learner.world.main:
-            what = "the latest that chance may have put behind the best in validation"
+            what = "the latest that is not significantly behind the best in validation"
             print(f"the stage ends with its policy after step {self.step}, {what}", file=sys.stderr)
 
 
