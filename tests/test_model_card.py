@@ -36,6 +36,8 @@ def test_sentences_by_hand():
     for part in ("mean error of the values went from 3.00 / 3.50 to 0.50 / 0.75", "the best constant errs by 5.00 / 5.25",
                  "Tau of the order went from - / 0.10 to - / 0.90", "the order of the prompt has - / -0.02", "0.25 / 1.00 of base's"):  # fmt: skip
         assert part in said
+    alone = what_was_learned({name: {1: row[1]} for name, row in RESULTS.items() if 1 in row})
+    assert alone.startswith("From base to stage 2, with 1 image in a prompt: the mean error") and "Tau" not in alone
 
 
 def test_card_says_task_results_and_settings(tmp_path):

@@ -84,12 +84,17 @@ def what_was_learned(results: Results) -> str:
         rows = results.get(name, {})
         return " / ".join(format_number(rows.get(n, {}).get(metric), 2) for n in numbers)
 
+    images, order = "1 image", ""
+    if numbers != [1]:
+        images = f"{' / '.join(map(str, numbers))} images"
+        order = (
+            f" Tau of the order went from {shown(first, 'tau')} to {shown(last, 'tau')}; the order of the prompt has "
+            f"{shown('prompt order', 'tau')}."
+        )
     return (
-        f"From {first} to {last}, with {' / '.join(map(str, numbers))} images in a prompt: the mean error of the values went from "
-        f"{shown(first, 'mae')} to {shown(last, 'mae')}; the best constant errs by {shown('best constant by MAE', 'mae')}. Tau of "
-        f"the order went from {shown(first, 'tau')} to {shown(last, 'tau')}; the order of the prompt has "
-        f"{shown('prompt order', 'tau')}. This is of valid answers alone: {shown(first, 'valid')} of {first}'s, "
-        f"{shown(last, 'valid')} of {last}'s."
+        f"From {first} to {last}, with {images} in a prompt: the mean error of the values went from "
+        f"{shown(first, 'mae')} to {shown(last, 'mae')}; the best constant errs by {shown('best constant by MAE', 'mae')}.{order} "
+        f"This is of valid answers alone: {shown(first, 'valid')} of {first}'s, {shown(last, 'valid')} of {last}'s."
     )
 
 
