@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import CPU
 
 import data
 import rarl
@@ -16,7 +17,9 @@ from experiments.costs import peak_bytes
 from support.datasets import load_dataset
 from support.learner import lora
 from support.learner import plan as plan_room
+from support.learner.learner import Learner
 from support.learner.plan import GB, Longest, Plan, filled_in, longest_prompt, main, plan_text, read_config
+from support.learner.policies import load_start
 from support.run.settings import SettingError, Settings, parse_settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -60,6 +63,23 @@ def test_roles_of_the_weights():
     assert sum(adapters.state().values()) == 2 * N + 20 * adapters.trained  # 4 for stage 2's frozen copy
     assert Plan(model, Settings(lora_rank=2, stage=1), some).state()["reference"] == 0
     assert (one.checkpoint(), Plan(model, Settings(validate_every=0), some).checkpoint()) == (16 * N, 12 * N)
+
+
+@pytest.mark.parametrize("s", [Settings(), Settings(beta=0.0, freeze_vision=True), Settings(lora_rank=2)])
+def test_state_is_what_a_process_holds_on_a_cpu(s):
+    learner = Learner(load_start(TINY, s, CPU.device), CPU, s)
+    with torch.no_grad():
+        for layer in lora.lora_layers(learner.policy).values():
+            layer.B.normal_()  # as in stage 2, which begins with an adapter
+    optimizer = learner.begin_stage()
+    roles = (learner.policy, learner.rollout_policy, *([learner.reference] if learner.reference else []))
+    held = {id(p): p for role in roles for p in role.parameters()}
+    held |= {id(x): x for state in optimizer.state.values() for x in state.values() if x.ndim}
+    held |= {id(x): x for pair in (learner.began or {}).values() for x in pair}
+    bytes_held = sum(x.numel() * x.element_size() for x in held.values())
+    bytes_held += sum(4 * p.numel() for p in learner.policy.parameters() if p.requires_grad)  # gradients
+    planned = Plan(learner.policy.model.config, s, Longest(100, 0, 10), gpu=False).state()
+    assert sum(planned.values()) == bytes_held
 
 
 def test_cache_is_that_of_a_prefill(policy, asked):

@@ -99,13 +99,13 @@ class Plan:
         features = 0 if self.vision_trained else self.text.hidden_size // self.vision.spatial_merge_size**2
         images = 2 * (self.pixels + self.prompts * self.longest.S * 2 * features)
         if s.lora_rank:  # one copy of the base in bf16, on every rank; adapters in float32
-            weights, sampling = 2 * base + 4 * self.trained, 0
+            weights, sampling = self.m * base + 4 * self.trained, 0
             reference = 4 * self.trained if kl and s.stage != 1 else 0  # stage 2: the adapters of stage 1
             W = 1
         else:
-            weights, sampling = 4 * base / W, 2 * base
+            weights, sampling = 4 * base / W, 2 * base if self.gpu else 0
             # One process casts linear layers alone. Several cast all and shard it, but FSDP keeps the gathered root.
-            reference = kl * (2 * self.linear + 4 * (base - self.linear) if W == 1 else 2 * base / W + 2 * self.root)
+            reference = kl * (self.m * self.linear + 4 * (base - self.linear) if W == 1 else 2 * base / W + 2 * self.root)
         moments = 0 if s.offload else 8 * self.trained / W
         return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": moments,
                 "reference": reference, "copy that samples": sampling, "images of two steps": images}  # fmt: skip
