@@ -105,7 +105,8 @@ class Plan:
         else:
             weights, sampling = 4 * base / W, 2 * base if self.gpu else 0
             # One process casts linear layers alone. Several cast all and shard it, but FSDP keeps the gathered root.
-            reference = kl * (self.m * self.linear + 4 * (base - self.linear) if W == 1 else 2 * base / W + 2 * self.root)
+            alone, sharded = self.m * self.linear + 4 * (base - self.linear), 2 * base / W + 2 * self.root
+            reference = kl * (alone if W == 1 else sharded)
         moments = 0 if s.offload else 8 * self.trained / W
         return {"weights": weights, "gradients": 4 * self.trained / W, "Adam's moments": moments,
                 "reference": reference, "copy that samples": sampling, "images of two steps": images}  # fmt: skip

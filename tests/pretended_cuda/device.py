@@ -113,7 +113,7 @@ def pretended_cuda() -> Iterator[None]:
         patch.setattr(cuda.amp.common, "amp_definitely_not_available", lambda: False)
         # Not by `Functions`: modes are off while a checkpointed layer is run again in the backward pass.
         honest = F.scaled_dot_product_attention
-        choose = lambda query, *args, **kwargs: (sdpa if isinstance(query, Pretended) else honest)(query, *args, **kwargs)
+        choose = lambda q, *rest, **how: (sdpa if isinstance(q, Pretended) else honest)(q, *rest, **how)
         patch.setattr(F, "scaled_dot_product_attention", choose)
         yield
 
