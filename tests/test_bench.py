@@ -80,6 +80,22 @@ def test_a_difference_is_seen(policy, monkeypatch, dtype, wrong):
     gaps = job.compare_ways(work)
     work.use("ours")
     assert all(gap > most for gap, most in gaps.values())
+    assert dtype == torch.bfloat16 or min(gap for gap, _ in gaps.values()) > 5e-4
+
+
+def test_one_wrong_log_prob_of_many_is_seen(policy, monkeypatch):
+    work = bench.make_job(policy, bench.parse(["--device", "cpu", *SHAPE, "--group", "32"]), torch.float32)
+    honest = rarl.generate
+
+    def one_off(*args):
+        rollout = honest(*args)
+        rollout.logp[5, 2] *= 1 + 2e-4
+        return rollout
+
+    monkeypatch.setattr(rarl, "generate", one_off)
+    seen = {name for name, (gap, most) in job.compare_ways(work).items() if gap > most}
+    work.use("ours")
+    assert seen == {"the furthest of them"}
 
 
 def scaled(function, by, *args):
