@@ -240,12 +240,15 @@ def _check_weights(model: nn.Module, keys: dict[str, Any]) -> None:
             raise ValueError(f"{min(names)} {fault}")
 
 
-def save_policy(policy: Policy, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_policy(
+    policy: Policy, path: str | Path, state_dict: dict[str, Tensor] | None = None, shard_size: str = "50GB"
+) -> None:
     """Write a Hugging Face folder that transformers (and whatever builds on it) loads as it is.
 
     state_dict  weights to write in the place of the policy's own, such as those gathered from several processes
+    shard_size  the largest file of weights
     """
-    policy.model.save_pretrained(path, state_dict=state_dict)
+    policy.model.save_pretrained(path, state_dict=state_dict, max_shard_size=shard_size)
     # transformers writes the dtype of the model, which need not be that of the weights in `state_dict`.
     written = next(iter((state_dict or policy.model.state_dict()).values())).dtype
     config = copy.deepcopy(policy.model.config)

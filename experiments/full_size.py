@@ -83,9 +83,7 @@ def make(argv: list[str] | None) -> None:
         raise CommandError(f"--tokenizer {args.tokenizer} cannot be read ({error})") from None
     torch.manual_seed(0)
     policy = random_policy(args.shape, dtype=torch.bfloat16, tokenizer=tokenizer)
-    policy.model.save_pretrained(args.out, max_shard_size="4GB")  # in shards, as the hub has them
-    policy.tokenizer.save_pretrained(args.out)
-    policy.image_processor.save_pretrained(args.out)
+    rarl.save_policy(policy, args.out, shard_size="4GB")  # in files as the hub has them
     print(f"wrote {args.out}/: {sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B random parameters in bf16")
 
 
